@@ -1,0 +1,86 @@
+# Every command of the project. Each installs what it needs first; none needs git.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+DATA ?= ../shared/data
+TRAIN_OPTIONS ?= --shards 2 --workers 4 --density 0.01 --baseline
+TEST_OPTIONS ?= -m "not slow"
+
+VENV := .venv
+BIN := $(VENV)/bin
+QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # two pips in one environment would spoil it
+.PHONY: help train fashion test test-wheel check protos protos-check namespace-check format clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(VENV)/.with-examples ## train on two shards and four workers, beside a dense baseline
+	$(BIN)/thresher launch $(TRAIN_OPTIONS) --name digits examples/digits.py
+
+fashion: $(VENV)/.with-examples ## the same on Fashion-MNIST; DATA=folder names where fashion_mnist.npz is
+	$(BIN)/thresher launch $(TRAIN_OPTIONS) --name fashion examples/fashion_mnist.py --data $(DATA)
+
+test: $(VENV)/.with-test ## run the tests; TEST_OPTIONS= runs the slow ones too
+	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+# Away from the repository nothing but the wheel can answer `import thresher`.
+test-wheel: $(VENV)-wheel/.created ## run the tests against the wheel, installed alone, away from the repository
+	rm -rf .build/dist
+	$(VENV)-wheel/bin/python $(QUIET_PIP) wheel --no-deps --wheel-dir .build/dist .
+	$(VENV)-wheel/bin/python $(QUIET_PIP) uninstall --yes thresher
+	$(VENV)-wheel/bin/python $(QUIET_PIP) install --constraint constraints.txt "$$(ls .build/dist/*.whl)[test]"
+	@away=$$(mktemp -d) && trap 'rm -rf "$$away"' EXIT && cp -r tests pyproject.toml "$$away" && \
+	cd "$$away" && "$(CURDIR)/$(VENV)-wheel/bin/python" -m pytest $(TEST_OPTIONS) tests
+
+check: $(VENV)/.with-check namespace-check protos-check ## lint, format, types, architecture, stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+protos: $(VENV)-protos/.installed ## regenerate the stubs from protos/thresher/v1/*.proto
+	$(call generate,protos)
+
+# Generated beside, not over, the stubs in place: so a worktree that is merely dirty is not taken for drift.
+protos-check: $(VENV)-protos/.installed ## fail where the stubs are not what the .proto files say
+	@rm -rf .build/protos && mkdir -p .build/protos
+	$(call generate,.build/protos)
+	diff -ru --exclude='*.proto' --exclude=__init__.py --exclude=py.typed --exclude=__pycache__ \
+	    protos/thresher/v1 .build/protos/thresher/v1
+
+namespace-check: ## fail where a thresher/__init__.py would hide the other source roots
+	@! ls */thresher/__init__.py 2>/dev/null
+
+format: $(VENV)/.with-check ## format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove environments, builds and caches; keeps runs/
+	rm -rf .build $(VENV) $(VENV)-wheel $(VENV)-protos
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+# An environment is made once. What is in it follows pyproject.toml and constraints.txt, by a stamp for each set of
+# extras, so that a training run installs neither test nor lint tools.
+$(VENV)/.created $(VENV)-wheel/.created $(VENV)-protos/.created:
+	@.ci/venv "$(PYTHON)" $(@D)
+	@touch $@
+
+$(VENV)/.with-examples: EXTRAS := examples
+$(VENV)/.with-test: EXTRAS := examples,test
+$(VENV)/.with-check: EXTRAS := examples,test,check
+$(VENV)/.with-%: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/python $(QUIET_PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)-protos/.installed: $(VENV)-protos/.created protos/requirements.txt
+	$(@D)/bin/python $(QUIET_PIP) install --requirement protos/requirements.txt
+	@touch $@
+
+define generate
+PATH="$(CURDIR)/$(VENV)-protos/bin:$$PATH" $(VENV)-protos/bin/python -m grpc_tools.protoc --proto_path=protos \
+    --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+    protos/thresher/v1/*.proto
+endef

@@ -1,0 +1,1 @@
+"""Together: how many servers and workers, and where; the command line."""

@@ -1,0 +1,1 @@
+"""The contract: what worker and server agree on, and nothing else."""

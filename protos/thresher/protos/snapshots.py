@@ -1,0 +1,43 @@
+"""State as one safetensors file: what seeds a shard, what a snapshot returns, what a leaving worker hands over."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from thresher.protos.errors import FrameError
+from thresher.protos.layout import Layout, Slice
+
+_UNTRAINED: Final = "untrained."
+_ELEMENT_BYTES: Final = 8  # of the largest dtype
+_STATES_PER_PARAMETER: Final = 4  # Adam with amsgrad has three, and one for the parameter itself
+_HEADER_BYTES_PER_TENSOR: Final = 1024
+
+
+def pack_state(state: Mapping[str, Tensor], untrained: Mapping[str, Tensor]) -> bytes:
+    """Write a replica's state (as `Replica.state` names it) and untrained tensors by name."""
+    named = {**state, **{_UNTRAINED + name: value for name, value in untrained.items()}}
+    return save({name: value.detach().cpu().contiguous() for name, value in named.items()})
+
+
+def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read what `pack_state` wrote: state and untrained tensors.
+
+    Raises:
+        FrameError: when it is not a safetensors file.
+    """
+    try:
+        named = load(data)
+    except SafetensorError as error:
+        raise FrameError(f"not a safetensors file: {error}") from error
+    untrained = {name.removeprefix(_UNTRAINED): value for name, value in named.items() if name.startswith(_UNTRAINED)}
+    return {name: value for name, value in named.items() if not name.startswith(_UNTRAINED)}, untrained
+
+
+def state_bytes_bound(layout: Layout, piece: Slice) -> int:
+    """Return a size that no honest state of a slice exceeds: a longer one is refused unread."""
+    tensors = len(layout.trained) * _STATES_PER_PARAMETER + len(layout.untrained) + 1
+    elements = piece.numel * _STATES_PER_PARAMETER + sum(spec.numel for spec in layout.untrained)
+    return elements * _ELEMENT_BYTES + tensors * _HEADER_BYTES_PER_TENSOR

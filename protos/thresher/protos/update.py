@@ -1,0 +1,66 @@
+"""An update: what one closed round produced on one shard. A training run is a log of these."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from thresher.protos.optimizers import Override
+from thresher.protos.sparse import SparseGradient
+
+Presence = tuple[bool, ...]
+"""One entry per segment of a slice: does its tensor have a gradient in this step?"""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The record that shards apply, log and send, and that replicas replay.
+
+    Attributes:
+        version: The version it creates, counted from 1.
+        members: The divisor of the mean: how many workers belonged to the run.
+        contributors: Ranks whose pushes are in the mean, ascending.
+        mean: Sum of the pushes in rank order over ``members``, on the shard's slice; None when every member skipped.
+        presence: Segments that at least one contributor had a gradient for; the optimizer leaves the rest alone.
+        overrides: Hyper-parameters in force that differ from the registered ones.
+        next_threshold: Threshold for the coming round; None for methods without one.
+    """
+
+    version: int
+    members: int
+    contributors: tuple[int, ...]
+    mean: SparseGradient | None
+    presence: Presence
+    overrides: tuple[Override, ...] = ()
+    next_threshold: float | None = None
+
+
+def pack_presence(presence: Sequence[bool]) -> bytes:
+    """Return one bit per entry, least significant first; nothing when all are present, which is the common case.
+
+    >>> pack_presence((True, True)), pack_presence((True, False, True))
+    (b'', b'\\x05')
+    """
+    if all(presence):
+        return b""
+    packed = sum(1 << index for index, present in enumerate(presence) if present)
+    return packed.to_bytes((len(presence) + 7) // 8, "little")
+
+
+def unpack_presence(packed: bytes, segments: int) -> Presence:
+    """Invert `pack_presence` for a slice of ``segments`` segments.
+
+    Raises:
+        ValueError: when the length does not fit.
+
+    >>> unpack_presence(b"\\x05", 3)
+    (True, False, True)
+    """
+    if not packed:
+        return (True,) * segments
+    if len(packed) != (segments + 7) // 8:
+        raise ValueError(f"presence of {segments} tensors takes {(segments + 7) // 8} bytes, not {len(packed)}")
+    bits = int.from_bytes(packed, "little")
+    if bits >> segments:
+        raise ValueError(f"presence names tensors beyond the {segments} of this shard")
+    return tuple(bool(bits >> index & 1) for index in range(segments))

@@ -1,0 +1,1 @@
+"""One shard: the part of the model that one server process owns."""

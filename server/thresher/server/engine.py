@@ -1,0 +1,163 @@
+"""The one thread that owns a shard: events in through a bounded mailbox, effects out.
+
+Everything else (sockets, deadlines, waiting) happens on the asyncio loop. The two meet at two places only: `submit`
+puts an event into the mailbox, and answers come back by ``call_soon_threadsafe``.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Generic, Protocol, TypeVar, final
+
+from thresher.protos.errors import ThresherError
+from thresher.protos.update import Update
+from thresher.server import events
+from thresher.server.events import Effect, Event, IterationRow
+from thresher.server.shard import Shard
+from thresher.server.statistics import ShardStatistics
+
+MAILBOX_EVENTS: Final = 1024
+_TICK_SECONDS: Final = 0.2
+
+_logger = logging.getLogger(__name__)
+
+Answer = asyncio.Future[list[Effect]]
+
+
+class Encoded(Protocol):
+    """An update as it is sent; only its size matters here."""
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that each worker will receive."""
+        ...
+
+
+E_contra = TypeVar("E_contra", bound=Encoded, contravariant=True)
+E = TypeVar("E", bound=Encoded)
+
+
+class Subscriber(Protocol[E_contra]):
+    """Who hears what concerns everybody. Called on the asyncio loop, in the order in which things happened."""
+
+    def publish(self, update: E_contra) -> None:
+        """Send an encoded update to every connected worker."""
+
+    def fail(self, reason: str) -> None:
+        """Tell every connected worker that the run cannot go on."""
+
+
+class MailboxFullError(ThresherError, RuntimeError):
+    """The shard has more waiting events than its mailbox holds; the sender backs off and tries again."""
+
+
+@final
+class Engine(Generic[E]):
+    """Runs a `Shard` on a thread of its own.
+
+    Args:
+        shard: The state machine; from now on nobody else touches it.
+        encode: Turns an update into what subscribers send; called once for each update.
+        record: Takes each row of the per-iteration file.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        encode: Callable[[Update], E],
+        record: Callable[[IterationRow], None],
+    ) -> None:
+        """Prepare; `start` begins."""
+        self._shard = shard
+        self._encode = encode
+        self._record = record
+        self._mailbox: queue.Queue[tuple[Event, Answer] | None] = queue.Queue(MAILBOX_EVENTS)
+        self._thread = threading.Thread(target=self._run, name="shard", daemon=True)
+        self._statistics = shard.statistics()
+
+    def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber[E]) -> None:
+        """Begin to take events; answers and effects are delivered on ``loop``."""
+        self._loop, self._subscriber = loop, subscriber
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what is in the mailbox and end the thread."""
+        self._mailbox.put(None)
+        self._thread.join()
+
+    async def submit(self, event: Event) -> list[Effect]:
+        """Hand an event to the shard and wait for its effects.
+
+        Raises:
+            MailboxFullError: when too many events are waiting.
+            ThresherError: as the shard raised it; the event changed nothing.
+        """
+        answer: Answer = self._loop.create_future()
+        try:
+            self._mailbox.put_nowait((event, answer))
+        except queue.Full:
+            raise MailboxFullError(f"{MAILBOX_EVENTS} events are waiting for this shard; try again") from None
+        return await answer
+
+    def statistics(self) -> ShardStatistics:
+        """Return the shard's counters as of its last event; from any thread."""
+        return self._statistics
+
+    def _run(self) -> None:
+        next_tick = time.monotonic() + _TICK_SECONDS
+        while True:
+            try:
+                item = self._mailbox.get(timeout=max(0.0, next_tick - time.monotonic()))
+            except queue.Empty:
+                next_tick = time.monotonic() + _TICK_SECONDS
+                self._perform(self._shard.handle(events.Tick(), time.monotonic()))
+                continue
+            if item is None:
+                return
+            self._take(*item)
+
+    def _take(self, event: Event, answer: Answer) -> None:
+        try:
+            effects = self._shard.handle(event, time.monotonic())
+            self._perform(effects)
+        except ThresherError as error:
+            self._tell(answer, error)
+        except Exception as error:  # a bug: the sender must hear of it, and the thread must live to say so
+            _logger.exception("the shard could not handle %s", type(event).__name__)
+            self._tell(answer, error)
+        else:
+            self._tell(answer, effects)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        """Do what the shard wants done; answers to the sender are left to the sender."""
+        for effect in effects:
+            match effect:
+                case events.Publish(update):
+                    encoded = self._encode(update)
+                    self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
+                    published = events.Published(update.version, encoded.wire_bytes)
+                    self._perform(self._shard.handle(published, time.monotonic()))
+                case events.Record(row):
+                    self._record(row)
+                case events.Notice(text):
+                    _logger.warning("%s", text)
+                case events.Failed(reason):
+                    _logger.error("%s", reason)
+                    self._loop.call_soon_threadsafe(self._subscriber.fail, reason)
+                case _:
+                    pass
+        self._statistics = self._shard.statistics()
+
+    def _tell(self, answer: Answer, result: list[Effect] | Exception) -> None:
+        def deliver() -> None:
+            if answer.done():  # the sender went away
+                return
+            if isinstance(result, Exception):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)
+
+        self._loop.call_soon_threadsafe(deliver)

@@ -1,0 +1,131 @@
+"""Prometheus: reads frozen statistics when asked, and folds rows into histograms. docs/metrics.md explains each one."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Final, final
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector, Metric
+
+from thresher.server.events import IterationRow
+from thresher.server.statistics import ShardStatistics
+
+_DENSITY_BUCKETS: Final = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+_SECONDS_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
+_FLOAT32_BYTES: Final = 4
+
+
+@final
+class ShardMetrics(Collector):
+    """All metrics of one shard, in a registry of their own.
+
+    Args:
+        statistics: Where to read the shard's counters.
+        per_worker: Give each worker a label of its own; switch it off for many workers.
+    """
+
+    def __init__(self, statistics: Callable[[], ShardStatistics], *, per_worker: bool = True) -> None:
+        """Register everything."""
+        self._statistics = statistics
+        self._per_worker = per_worker
+        self._last_iteration = 0.0
+        self.registry = CollectorRegistry()
+        shard = str(statistics().shard)
+        build = Gauge("thresher_build_info", "Always 1; the version is a label.", ["version"], registry=self.registry)
+        build.labels(version("thresher")).set(1)
+        self._push_density = self._histogram(
+            "thresher_push_density_distribution", "Density of the pushes of a round.", _DENSITY_BUCKETS, shard
+        )
+        self._update_density = self._histogram(
+            "thresher_update_density_distribution", "Density of updates.", _DENSITY_BUCKETS, shard
+        )
+        self._round_seconds = self._histogram(
+            "thresher_round_seconds", "Time from the first push of a round to its close.", _SECONDS_BUCKETS, shard
+        )
+        self.registry.register(self)
+
+    def observe(self, row: IterationRow) -> None:
+        """Fold one round into the histograms."""
+        self._last_iteration = time.time()
+        self._push_density.observe(row.push_density)
+        self._update_density.observe(row.update_density)
+        self._round_seconds.observe(row.round_seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield counters and last values from one frozen picture of the shard."""
+        now = self._statistics()
+        yield from self._traffic(now)
+        shard = str(now.shard)
+        for name, text, value in self._totals(now):
+            yield _counter(name, text, shard, value)
+        for name, text, value in self._last_values(now):
+            gauge = GaugeMetricFamily(name, text, labels=["shard"])
+            gauge.add_metric([shard], value)
+            yield gauge
+        results = CounterMetricFamily("thresher_push_results", "Pushes by verdict.", labels=["shard", "result"])
+        for verdict, count in now.verdicts.items():
+            results.add_metric([shard, str(verdict)], count)
+        yield results
+
+    def _traffic(self, now: ShardStatistics) -> Iterator[Metric]:
+        labels = ["shard", "worker"] if self._per_worker else ["shard"]
+        pushed = CounterMetricFamily("thresher_push_bytes", "Exchange messages received from workers.", labels=labels)
+        pulled = CounterMetricFamily("thresher_pull_bytes", "Exchange messages sent to workers.", labels=labels)
+        elements = CounterMetricFamily("thresher_pushed_elements", "Gradient elements received.", labels=labels)
+        for family, values in (
+            (pushed, [m.push_bytes for m in now.members]),
+            (pulled, [m.pull_bytes for m in now.members]),
+            (elements, [m.pushed_elements for m in now.members]),
+        ):
+            if self._per_worker:
+                for member, value in zip(now.members, values, strict=True):
+                    family.add_metric([str(now.shard), str(member.rank)], value)
+            else:
+                family.add_metric([str(now.shard)], sum(values))
+            yield family
+
+    def _totals(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
+        yield "thresher_iterations", "Rounds closed.", now.version
+        yield (
+            "thresher_total_error",
+            "Sum over rounds of the mean over workers of the squared residual norm.",
+            now.residual_squared_total,
+        )
+        yield (
+            "thresher_dense_bytes",
+            "What the same pushes and updates would be as dense float32.",
+            2 * _FLOAT32_BYTES * now.numel * sum(member.steps for member in now.members),
+        )
+
+    def _last_values(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
+        yield "thresher_members", "Workers that belong to the run.", sum(m.state != "left" for m in now.members)
+        yield "thresher_log_bytes", "Memory of the update log.", now.log_bytes
+        yield "thresher_compression_ratio", "Dense bytes over bytes moved, both directions.", compression_ratio(now)
+        if now.threshold is not None:
+            yield "thresher_threshold", "Threshold in force, in the unit of the gradient.", now.threshold
+        if now.last_row is not None:
+            row = now.last_row
+            yield "thresher_push_density", "Density of the last round's pushes.", row.push_density
+            yield "thresher_update_density", "Density of the last update.", row.update_density
+            norm = math.sqrt(row.residual_squared)
+            yield "thresher_residual_norm", "Root of the mean over workers of the squared residual norm.", norm
+            yield "thresher_last_iteration_timestamp_seconds", "When the last round closed.", self._last_iteration
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], shard: str) -> Histogram:
+        return Histogram(name, text, ["shard"], buckets=buckets, registry=self.registry).labels(shard)
+
+
+def compression_ratio(now: ShardStatistics) -> float:
+    """Return dense float32 bytes over bytes moved, in both directions; 1 before anything has moved."""
+    moved = sum(member.push_bytes + member.pull_bytes for member in now.members)
+    dense = 2 * _FLOAT32_BYTES * now.numel * sum(member.steps for member in now.members)
+    return dense / moved if moved else 1.0
+
+
+def _counter(name: str, text: str, shard: str, value: float) -> CounterMetricFamily:
+    counter = CounterMetricFamily(name, text, labels=["shard"])
+    counter.add_metric([shard], value)
+    return counter

@@ -1,0 +1,206 @@
+"""The user's model as one flat vector: gradients are gathered from it, replica parameters are copied into it."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from thresher.protos.errors import LayoutError, NonFiniteGradientError
+from thresher.protos.layout import Layout, Slice, TensorSpec
+from thresher.protos.replica import PARAMETERS, optimizer_state, state_name
+from thresher.protos.sparse import SparseGradient
+from thresher.protos.update import Presence
+
+
+@final
+class ModelParameters:
+    """A model and its optimizer, laid out.
+
+    Trained tensors are those that the optimizer holds and that require a gradient, in the order of
+    ``model.named_parameters()``; a tied parameter counts once. Everything else in ``model.state_dict()`` is untrained.
+
+    Raises:
+        LayoutError: when nothing is left to train, or the optimizer holds a tensor that is not the model's.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Lay the model out as it is now; later changes of its structure are not seen."""
+        self._model = model
+        self._optimizer = optimizer
+        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        named = dict(model.named_parameters())
+        unknown = len(set(groups) - {id(parameter) for parameter in named.values()})
+        if unknown:
+            raise LayoutError(f"the optimizer holds {unknown} tensors that are not parameters of the model")
+        aliases = _aliases(model)
+        self._trained = {n: p for n, p in named.items() if id(p) in groups and p.requires_grad}
+        self._frozen = {n: p for n, p in named.items() if n not in self._trained}
+        self.layout = Layout(
+            tuple(_spec(n, p, groups[id(p)], aliases.get(id(p), ())) for n, p in self._trained.items()),
+            tuple(_spec(n, t, 0, ()) for n, t in self.untrained().items()),
+        )
+        self._gradient = torch.zeros(self.layout.numel)  # [numel] float32
+        # Views of it with the shapes of the parameters.
+        self._pieces = [
+            self._gradient[low:high].view(parameter.shape)
+            for parameter, (low, high) in zip(self._trained.values(), pairwise(self.layout.offsets), strict=True)
+        ]
+
+    def untrained(self, *, buffers_only: bool = False) -> dict[str, Tensor]:
+        """Return the tensors that go with the model but are not trained, by name: frozen parameters and buffers."""
+        trained = {id(parameter) for parameter in self._trained.values()}
+        known = dict(self._model.named_parameters()) if buffers_only else {}
+        state = self._model.state_dict(keep_vars=True)
+        return {
+            name: value.detach()
+            for name, value in state.items()
+            if isinstance(value, Tensor) and id(value) not in trained and name not in known
+        }
+
+    def gather(self, inverse_scale: float = 1.0) -> tuple[Tensor, Presence]:
+        """Return the flat gradient [numel] float32, and for each trained tensor whether it has one.
+
+        The vector is a buffer that the next call overwrites; a tensor without gradient is zero in it.
+
+        Args:
+            inverse_scale: What to multiply gradients by, for a loss scaler.
+
+        Raises:
+            LayoutError: when a tensor that was frozen at wrapping has a gradient now.
+        """
+        for name, parameter in self._frozen.items():
+            if parameter.grad is not None and parameter.requires_grad:
+                raise LayoutError(
+                    f"parameter {name} has a gradient, but was frozen or missing from the optimizer when the optimizer "
+                    "was wrapped; unfreeze it and hand it to the optimizer before that"
+                )
+        presence = tuple(parameter.grad is not None for parameter in self._trained.values())
+        for parameter, piece in zip(self._trained.values(), self._pieces, strict=True):
+            if parameter.grad is None:
+                piece.zero_()
+            else:
+                piece.copy_(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+        if inverse_scale != 1.0:
+            self._gradient.mul_(inverse_scale)
+        return self._gradient, presence
+
+    def check_finite(self, rank: int, step: int) -> None:
+        """Look at what `gather` returned last.
+
+        Raises:
+            NonFiniteGradientError: naming worker, step and parameters, when there is NaN or infinity in it.
+        """
+        if bool(self._gradient.sum().isfinite()):  # NaN and infinity survive a sum, and a sum is cheap
+            return
+        bad = [
+            f"{name} ({int((~piece.isfinite()).sum())} of {piece.numel()} elements)"
+            for name, piece in zip(self._trained, self._pieces, strict=True)
+            if not bool(piece.isfinite().all())
+        ]
+        if bad:
+            raise NonFiniteGradientError(
+                f"NaN or infinity in the gradient of worker {rank} at step {step}: {', '.join(bad)}; nothing was sent. "
+                "Lower the learning rate, clip, use a GradScaler, or have such steps skipped (--nonfinite skip)"
+            )
+
+    def hide_gradients(self) -> list[Tensor | None]:
+        """Take the gradients off the parameters, so that the user's optimizer finds nothing to do; return them."""
+        hidden = [parameter.grad for parameter in self._trained.values()]
+        for parameter in self._trained.values():
+            parameter.grad = None
+        return hidden
+
+    def restore_gradients(self, hidden: Sequence[Tensor | None]) -> None:
+        """Put back what `hide_gradients` returned."""
+        for parameter, gradient in zip(self._trained.values(), hidden, strict=True):
+            parameter.grad = gradient
+
+    def heard(self, presence: Presence, sent: SparseGradient) -> Presence:
+        """Return ``presence``, and True also for a tensor without gradient whose residual is sent now."""
+        if all(presence):
+            return presence
+        bounds = torch.searchsorted(sent.indices, torch.tensor(self.layout.offsets)).tolist()
+        return tuple(
+            present or low < high for present, (low, high) in zip(presence, pairwise(bounds), strict=True)
+        )
+
+    @torch.no_grad()
+    def assign(self, pieces: Sequence[tuple[Slice, Tensor]]) -> None:
+        """Copy flat parameters, slice by slice, into the model, cast to its own types and devices."""
+        targets = list(self._trained.values())
+        for piece, values in pieces:
+            for segment in piece.segments:
+                part = values[segment.begin : segment.end]
+                target = targets[segment.tensor]
+                if part.numel() == target.numel():
+                    target.copy_(part.view(target.shape))
+                else:
+                    _assign_part(target, segment.offset, part)
+
+    def replace(self, pieces: Sequence[tuple[Slice, Tensor]]) -> list[str]:
+        """Do as `assign` does, and return the names of the tensors whose values have changed."""
+        before = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        self.assign(pieces)
+        return [name for name, parameter in self._trained.items() if not torch.equal(before[name], parameter)]
+
+    @torch.no_grad()
+    def assign_untrained(self, values: Mapping[str, Tensor]) -> None:
+        """Copy untrained tensors into the model, as far as it has them."""
+        mine = self.untrained()
+        for name, value in values.items():
+            if name in mine:
+                mine[name].copy_(value)
+
+    def state(self, piece: Slice) -> dict[str, Tensor]:
+        """Return parameters and optimizer state of one slice, as `Replica` takes them: float32 on the CPU."""
+        parts: list[Tensor] = []
+        targets = list(self._trained.values())
+        named: dict[str, Tensor] = {}
+        for segment in piece.segments:
+            target, length = targets[segment.tensor], segment.end - segment.begin
+            parts.append(_part(target, segment.offset, length))
+            for key, value in self._optimizer.state.get(target, {}).items():
+                if isinstance(value, Tensor):
+                    whole = value.numel() == target.numel() and value.dim() == target.dim()
+                    part = _part(value, segment.offset, length) if whole else value.detach().cpu().clone()
+                    named[state_name(key, segment.tensor)] = part
+        return {PARAMETERS: torch.cat(parts), **named}
+
+    def publish_state(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Show the replicas' optimizer state, shard by shard, as the user's optimizer's own, for ``state_dict()``."""
+        parts: dict[tuple[int, str], list[Tensor]] = {}
+        for state in states:
+            for key, tensor, value in optimizer_state(state):
+                parts.setdefault((tensor, key), []).append(value)
+        parameters = list(self._trained.values())
+        for (tensor, key), values in parts.items():
+            parameter = parameters[tensor]
+            whole = values[0] if values[0].dim() == 0 else torch.cat(values).view(parameter.shape).to(parameter.device)
+            self._optimizer.state[parameter][key] = whole
+
+
+def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return the further names of tied parameters, by identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: tuple(found[1:]) for key, found in names.items() if len(found) > 1}
+
+
+def _spec(name: str, tensor: Tensor, group: int, aliases: tuple[str, ...]) -> TensorSpec:
+    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), group, aliases)
+
+
+def _part(tensor: Tensor, offset: int, length: int) -> Tensor:
+    return tensor.detach().reshape(-1)[offset : offset + length].to("cpu", torch.float32, copy=True)
+
+
+def _assign_part(target: Tensor, offset: int, part: Tensor) -> None:
+    if target.is_contiguous():
+        target.view(-1)[offset : offset + part.numel()].copy_(part)
+        return
+    flat = target.reshape(-1)  # a copy: a shard boundary inside a tensor that is laid out unusually is rare
+    flat[offset : offset + part.numel()] = part.to(flat)
+    target.copy_(flat.view(target.shape))

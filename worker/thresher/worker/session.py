@@ -1,0 +1,320 @@
+"""The step: gather → correct and compress → push → wait → replay → copy back. One screen of it is `Session._exchange`."""
+
+import atexit
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from thresher.protos.codec import encode
+from thresher.protos.errors import NonFiniteGradientError, ProtocolError, ThresherError
+from thresher.protos.messages import overrides_to_messages
+from thresher.protos.optimizers import Hyperparameters, hyperparameters_of, spec_of
+from thresher.protos.snapshots import pack_state
+from thresher.protos.sparse import SparseGradient
+from thresher.protos.transport import check_address
+from thresher.protos.update import Presence, pack_presence
+from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker.batches import keyed_seed, seed_everything, share
+from thresher.worker.joining import JoinedShard, join
+from thresher.worker.metrics import WorkerMetrics
+from thresher.worker.parameters import ModelParameters
+from thresher.worker.selection import Selection
+from thresher.worker.settings import Settings, settings_from
+from thresher.worker.statistics import WorkerStatistics
+
+_logger = logging.getLogger(__name__)
+
+
+def connect(addresses: str | None = None, *, settings: Settings | None = None) -> "Session":
+    """Join the run that this process was started for. The next call is `Session.wrap`.
+
+    Args:
+        addresses: ``host:port,host:port,…`` of the shards; by default from the environment (``thresher launch`` sets
+            it), as everything else.
+        settings: Everything explicitly, instead of the environment.
+
+    Raises:
+        ConfigurationError: when no shard is named, or a setting is out of range.
+    """
+    if settings is None:
+        environment = dict(os.environ)
+        if addresses is not None:
+            environment["THRESHER_SHARDS"] = addresses
+        settings = settings_from(environment)
+    return Session(settings)
+
+
+@final
+class Session:
+    """One worker's part in a run.
+
+    After `wrap` the user's loop is as it was: ``optimizer.step()`` exchanges gradients with the shards before it
+    returns, and afterwards all workers have the same parameters. The session leaves the run when the process ends, when
+    `close` is called or at the end of a ``with`` block; an exception on the way out is told to the other workers.
+
+    Use it from one thread.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepare; nothing is sent before `wrap`."""
+        for address in settings.addresses:
+            check_address(address, insecure=settings.insecure)
+        self._settings = settings
+        self._shards: list[JoinedShard] = []
+        self._metrics: WorkerMetrics | None = None
+        self._step = 0
+        self._statistics = WorkerStatistics(settings.rank)
+        self._hidden: list[Tensor | None] = []
+        self._closed = False
+
+    @property
+    def rank(self) -> int:
+        """This worker's position, 0 … workers - 1."""
+        return self._settings.rank
+
+    @property
+    def workers(self) -> int:
+        """Number of workers the run started with."""
+        return self._settings.workers
+
+    @property
+    def step(self) -> int:
+        """Number of steps this worker has made."""
+        return self._step
+
+    @property
+    def residual(self) -> Tensor:
+        """What this worker has not sent yet, [numel] float32, a view that changes with every step."""
+        return self._selection.residual
+
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Self:
+        """Join the shards with this model, and have ``optimizer.step()`` exchange gradients; returns the session.
+
+        Rank 0's parameters, optimizer state and buffers become everybody's. The optimizer stays the user's own object:
+        schedulers, parameter groups, ``zero_grad()`` and ``state_dict()`` work as before. Its arithmetic runs at the
+        shards (gradient-placed) or here (update-placed).
+
+        Args:
+            model: Any module.
+            optimizer: An optimizer of `thresher.protos.optimizers.SUPPORTED` over parameters of ``model``.
+
+        Raises:
+            OptimizerError: for another optimizer.
+            LayoutError: when nothing is to be trained, or other workers have registered another model.
+            RegistrationError: when the rank is taken, or other workers use another optimizer or method.
+            ConnectionTimeoutError: when a shard does not come up in time.
+        """
+        if self._shards:
+            raise ProtocolError("this session has wrapped an optimizer already; use one session for one model")
+        spec = spec_of(optimizer)
+        method = self._settings.method
+        self._optimizer = optimizer
+        self._model = ModelParameters(model, optimizer)
+        layout = self._model.layout
+        self._placement = method.placement_of(spec, layout)
+        self._selection = Selection(method, layout)
+        if self._settings.metrics_listen is not None:
+            self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
+        metrics_address = self._metrics.address if self._metrics is not None else ""
+        self._shards = join(self._settings, self._model, spec, self._placement, metrics_address)
+        atexit.register(self._at_exit)
+        self._count(None, compress_seconds=0.0, wait_seconds=0.0)
+        self._hook()
+        return self
+
+    def batches(self, loader: "DataLoader[Any]") -> Iterator[Any]:
+        """Yield one pass over this worker's share of a loader's data; randomness is keyed by (seed, rank, step).
+
+        All workers deal out the same shuffled order, so that a pass sees every sample once and every worker makes the
+        same number of steps.
+        """
+        seed = self._settings.seed
+        order_seed = keyed_seed("order", seed, self._step)
+        for batch in share(loader, order_seed=order_seed, rank=self.rank, workers=self.workers):
+            seed_everything(keyed_seed("step", seed, self.rank, self._step))
+            yield batch
+
+    def statistics(self) -> WorkerStatistics:
+        """Return this worker's counters; from any thread."""
+        return self._statistics
+
+    def close(self) -> None:
+        """Leave the run: the other workers go on without this one. Safe to repeat.
+
+        Raises:
+            ThresherError: when a shard could not be told.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        try:
+            for index, shard in enumerate(self._shards):
+                bring_buffers = self.rank == 0 and index == 0
+                buffers = pack_state({}, self._model.untrained(buffers_only=True)) if bring_buffers else b""
+                shard.client.leave(self._step, buffers)
+        finally:
+            self._end()
+
+    def abort(self, reason: str) -> None:
+        """Give up: the run fails, and the other workers read ``reason``. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        for shard in self._shards:
+            shard.client.abort(reason)
+        self._end()
+
+    def __enter__(self) -> Self:
+        """Begin a block at whose end the session is closed."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave, or abort when the block raised."""
+        if error is None:
+            self.close()
+        else:
+            self.abort(f"{type(error).__name__}: {error}")
+
+    # The step
+
+    def _exchange(self, *, skip: bool, inverse_scale: float) -> None:
+        """Make one step with all shards."""
+        groups = hyperparameters_of(self._optimizer)
+        scale = self._placement.scale(groups)
+        begin = time.perf_counter()
+        sent, presence = (None, ()) if skip else self._select(groups, scale, inverse_scale)
+        compressed = time.perf_counter()
+        for shard, push, frame in self._pushes(sent, presence, groups, scale):
+            shard.client.push(push, frame)
+        for shard in self._shards:
+            update = shard.client.wait_update(shard.slice)
+            shard.replica.apply(update)
+            self._selection.adopt(update.next_threshold)
+        self._model.assign([(shard.slice, shard.replica.parameters) for shard in self._shards])
+        self._step += 1
+        self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
+
+    def _select(
+        self, groups: Sequence[Hyperparameters], scale: float, inverse_scale: float
+    ) -> tuple[SparseGradient | None, Presence]:
+        """Return what is sent of this step's gradient, and which tensors have one; None when the step is skipped."""
+        gradient, presence = self._model.gather(inverse_scale)
+        try:
+            self._model.check_finite(self.rank, self._step)
+        except NonFiniteGradientError as error:
+            if self._settings.method.nonfinite == "refuse":
+                raise
+            _logger.warning("skipped: %s", error)
+            return None, ()
+        parameters = [shard.replica.parameters for shard in self._shards]
+        sent = self._selection.select(self._placement.message(gradient, parameters, groups), scale)
+        return sent, self._model.heard(presence, sent)
+
+    def _pushes(
+        self, sent: SparseGradient | None, presence: Presence, groups: Sequence[Hyperparameters], scale: float
+    ) -> Iterator[tuple[JoinedShard, pb.Push, bytes]]:
+        """Cut what is sent into one push for each shard."""
+        overrides = overrides_to_messages(self._placement.overrides(groups))
+        proposal = self._selection.propose(sent, scale) if self.rank == 0 else None
+        for shard in self._shards:
+            residual = self.residual[shard.slice.begin : shard.slice.end]
+            push = pb.Push(
+                step=self._step,
+                version=shard.replica.version,
+                skipped=sent is None,
+                presence=pack_presence([presence[segment.tensor] for segment in shard.slice.segments if presence]),
+                overrides=overrides,
+                residual_squared=float(torch.dot(residual, residual)),
+                next_threshold=proposal,
+            )
+            frame = b"" if sent is None else encode(sent.slice(shard.slice.begin, shard.slice.end))
+            yield shard, push, frame
+
+    def _count(self, sent: SparseGradient | None, *, compress_seconds: float, wait_seconds: float) -> None:
+        then = self._statistics
+        self._statistics = WorkerStatistics(
+            rank=self.rank,
+            steps=self._step,
+            skipped=then.skipped + (sent is None and self._step > 0),
+            numel=self._model.layout.numel,
+            push_bytes=tuple(shard.client.push_bytes for shard in self._shards),
+            pull_bytes=tuple(shard.client.pull_bytes for shard in self._shards),
+            setup_bytes=sum(shard.client.setup_bytes for shard in self._shards),
+            pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
+            density=sent.density if sent is not None else 0.0,
+            residual_norm=float(self.residual.norm()),
+            threshold=self._selection.threshold,
+            compress_seconds=then.compress_seconds + compress_seconds,
+            wait_seconds=then.wait_seconds + wait_seconds,
+        )
+
+    # The optimizer's hooks
+
+    def _hook(self) -> None:
+        """Put the exchange into ``optimizer.step()`` by torch's own hooks: nothing is patched, nothing subclassed."""
+        optimizer = self._optimizer
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_state_dict_pre_hook(self._before_state_dict)
+        optimizer.register_load_state_dict_pre_hook(self._before_load_state_dict)
+        # GradScaler then calls step() even on overflow and says so, as it does for fused optimizers. An overflow on one
+        # worker only must still be heard by the others.
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Exchange; then hide the gradients, so that the user's optimizer itself finds nothing left to do."""
+        if self._closed:
+            raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        loss = closure() if closure is not None else None
+        overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        skip = overflow is not None and bool(overflow)
+        self._exchange(skip=skip, inverse_scale=1.0 if scale is None else 1.0 / float(scale))
+        self._hidden = self._model.hide_gradients()
+        return ((optimizer, lambda: loss), {}) if closure is not None else None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model.restore_gradients(self._hidden)
+        self._hidden = []
+
+    def _before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
+        self._model.publish_state([shard.replica.state() for shard in self._shards])
+
+    def _before_load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        raise ProtocolError(
+            "the optimizer's state lives at the shards now; load a state_dict before the optimizer is wrapped, "
+            "and rank 0's seeds the shards"
+        )
+
+    # Leaving
+
+    def _at_exit(self) -> None:
+        """Leave when the script ends; give up when it ends by an exception."""
+        error = getattr(sys, "last_value", None)
+        try:
+            if error is None:
+                self.close()
+            else:
+                self.abort(f"{type(error).__name__}: {error}")
+        except ThresherError as failure:
+            _logger.error("%s", failure)
+
+    def _end(self) -> None:
+        for shard in self._shards:
+            shard.client.close()
+        if self._metrics is not None:
+            self._metrics.close()

@@ -1,0 +1,113 @@
+"""What a worker is told about its run, and the only place that reads it from the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, final
+
+from thresher.protos.errors import ConfigurationError
+from thresher.worker.method import Method
+
+_PREFIX: Final = "THRESHER_"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one worker takes part.
+
+    Attributes:
+        addresses: ``host:port`` of each shard, in the order of the shards.
+        rank: This worker's position, 0 … workers - 1.
+        workers: Number of workers.
+        seed: Keys data order and randomness, together with rank and step.
+        method: What is sent.
+        connect_timeout: Seconds to wait for the shards to come up.
+        metrics_listen: ``host:port`` of the Prometheus endpoint; port 0 takes a free one, None serves none.
+        insecure: Plain text beyond this machine is fine.
+    """
+
+    addresses: tuple[str, ...]
+    rank: int
+    workers: int
+    seed: int = 0
+    method: Method = Method(threshold=0.0)
+    connect_timeout: float = 60.0
+    metrics_listen: str | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        """Check before anything is sent."""
+        if not self.addresses:
+            raise ConfigurationError("no shard is named; set THRESHER_SHARDS to host:port,host:port,…")
+        if not 0 <= self.rank < self.workers:
+            raise ConfigurationError(f"rank {self.rank} is not one of 0 … {self.workers - 1}")
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that `settings_from` reads: how a launcher tells a worker."""
+        values: dict[str, Any] = {
+            "SHARDS": ",".join(self.addresses),
+            "RANK": self.rank,
+            "WORKERS": self.workers,
+            "SEED": self.seed,
+            "CONNECT_TIMEOUT": self.connect_timeout,
+            "METRICS": self.metrics_listen,
+            "INSECURE": self.insecure,
+            **{field.name.upper(): getattr(self.method, field.name) for field in fields(Method)},
+        }
+        return {
+            _PREFIX + name: str(int(value)) if isinstance(value, bool) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+def settings_from(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings from ``THRESHER_*`` variables.
+
+    Raises:
+        ConfigurationError: when one is missing or cannot be read; the message names it.
+    """
+    found = {name.removeprefix(_PREFIX): value for name, value in environment.items() if name.startswith(_PREFIX)}
+    if "SHARDS" not in found:
+        raise ConfigurationError(
+            "this script connects to a parameter server, and none is named: start it with "
+            "`thresher launch script.py`, or set THRESHER_SHARDS, THRESHER_RANK and THRESHER_WORKERS"
+        )
+    method: dict[str, Any] = {
+        "compressor": found.get("COMPRESSOR", "hard-threshold"),
+        "threshold": _number(found, "THRESHOLD"),
+        "density": _number(found, "DENSITY"),
+        "paper_rule": found.get("PAPER_RULE") == "1",
+        "layer_wise": found.get("LAYER_WISE") == "1",
+        "placement": found.get("PLACEMENT", "gradient"),
+        "nonfinite": found.get("NONFINITE", "refuse"),
+    }
+    if (method["compressor"], method["threshold"], method["density"]) == ("hard-threshold", None, None):
+        method["threshold"] = 0.0
+    return Settings(
+        addresses=tuple(address for address in found["SHARDS"].split(",") if address),
+        rank=int(_required(found, "RANK")),
+        workers=int(_required(found, "WORKERS")),
+        seed=int(_number(found, "SEED") or 0),
+        method=Method(**method),
+        connect_timeout=_number(found, "CONNECT_TIMEOUT") or 60.0,
+        metrics_listen=found.get("METRICS"),
+        insecure=found.get("INSECURE") == "1",
+    )
+
+
+def _required(found: Mapping[str, str], name: str) -> float:
+    value = _number(found, name)
+    if value is None:
+        raise ConfigurationError(f"{_PREFIX}{name} is not set")
+    return value
+
+
+def _number(found: Mapping[str, str], name: str) -> float | None:
+    if name not in found:
+        return None
+    try:
+        return float(found[name])
+    except ValueError:
+        raise ConfigurationError(f"{_PREFIX}{name} must be a number, not {found[name]!r}") from None

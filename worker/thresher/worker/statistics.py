@@ -1,0 +1,40 @@
+"""A worker's counters as a frozen value: all that metrics, displays and tests may know."""
+
+from dataclasses import dataclass
+from typing import final
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """One worker now. Bytes are those of exchange messages; times are in seconds and cover all steps.
+
+    Attributes:
+        rank: The worker's rank.
+        steps: Steps made.
+        skipped: Steps without a contribution.
+        numel: Elements of the model.
+        push_bytes: Bytes sent, per shard.
+        pull_bytes: Bytes received, per shard.
+        setup_bytes: Bytes of seeds and snapshots, all shards together.
+        pushed_elements: Elements sent.
+        density: Density of the last push.
+        residual_norm: Norm of what is kept.
+        threshold: In force for the next step; None for methods without one.
+        compress_seconds: Correct, select, keep.
+        wait_seconds: From the last byte handed over to the last update applied.
+    """
+
+    rank: int
+    steps: int = 0
+    skipped: int = 0
+    numel: int = 0
+    push_bytes: tuple[int, ...] = ()
+    pull_bytes: tuple[int, ...] = ()
+    setup_bytes: int = 0
+    pushed_elements: int = 0
+    density: float = 0.0
+    residual_norm: float = 0.0
+    threshold: float | None = None
+    compress_seconds: float = 0.0
+    wait_seconds: float = 0.0
