@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from thresher.protos.errors import FrameError
-from thresher.protos.layout import Layout, Slice
+from thresher.protos.layout import Layout
 
 _UNTRAINED: Final = "untrained."
 _ELEMENT_BYTES: Final = 8  # of the largest dtype
@@ -36,8 +36,8 @@ def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: value for name, value in named.items() if not name.startswith(_UNTRAINED)}, untrained
 
 
-def state_bytes_bound(layout: Layout, piece: Slice) -> int:
-    """Return a size that no honest state of a slice exceeds: a longer one is refused unread."""
+def state_bytes_bound(layout: Layout, numel: int) -> int:
+    """Return a size that no honest state of a slice of ``numel`` elements exceeds: a longer one is refused unread."""
     tensors = len(layout.trained) * _STATES_PER_PARAMETER + len(layout.untrained) + 1
-    elements = piece.numel * _STATES_PER_PARAMETER + sum(spec.numel for spec in layout.untrained)
+    elements = numel * _STATES_PER_PARAMETER + sum(spec.numel for spec in layout.untrained)
     return elements * _ELEMENT_BYTES + tensors * _HEADER_BYTES_PER_TENSOR

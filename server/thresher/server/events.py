@@ -153,6 +153,7 @@ class IterationRow:
     """
 
     shard: int
+    numel: int
     version: int
     members: int
     contributors: tuple[int, ...]

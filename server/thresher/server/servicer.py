@@ -244,7 +244,7 @@ class AggregationServicer(AggregationServiceServicer):
         )
         self._slice = layout.shard_slice(self._config.shard, self._config.shards)
         self._payload_bound = payload_bound(self._slice)
-        self._state_bound = state_bytes_bound(layout, self._slice)
+        self._state_bound = state_bytes_bound(layout, self._slice.numel)
         answer = _only(effects, events.Registered)
         if answer.warning:
             _logger.warning("%s", answer.warning)

@@ -318,6 +318,7 @@ class Shard:
         elements = sum(push.gradient.count for push in pushes if push.gradient is not None)
         return IterationRow(
             shard=self._config.shard,
+            numel=self.slice.numel,
             version=update.version,
             members=update.members,
             contributors=update.contributors,

@@ -5,15 +5,25 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, NoReturn, final
 
 import grpc
+from torch import Tensor
 
 from thresher.protos.errors import ConnectionTimeoutError, FrameError, ProtocolError, RoundFailedError, error_named
 from thresher.protos.layout import Layout, Slice
-from thresher.protos.messages import Payload, chunks, payload_bound, update_from_message
-from thresher.protos.snapshots import state_bytes_bound
+from thresher.protos.messages import (
+    Payload,
+    chunks,
+    layout_from_message,
+    optimizer_from_message,
+    payload_bound,
+    update_from_message,
+)
+from thresher.protos.optimizers import OptimizerSpec
+from thresher.protos.snapshots import state_bytes_bound, unpack_state
 from thresher.protos.transport import CHANNEL_OPTIONS, ERROR_NAME
 from thresher.protos.update import Update
 from thresher.v1 import aggregation_pb2 as pb
@@ -24,6 +34,18 @@ _logger = logging.getLogger(__name__)
 _CALL_SECONDS: Final = 60.0
 _NOTICE_SECONDS: Final = 5.0
 _MARGIN_SECONDS: Final = 30.0  # a shard fails a round at its own deadline and says who is missing; let it speak first
+
+@final
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A shard's state at ``version``: what `Replica` takes, untrained tensors by name, and what they belong to."""
+
+    version: int
+    layout: Layout
+    optimizer: OptimizerSpec
+    state: Mapping[str, Tensor]
+    untrained: Mapping[str, Tensor]
+
 
 @final
 class ShardClient:
@@ -93,24 +115,31 @@ class ShardClient:
         with self._translated():
             return self._stub.Seed(requests, timeout=self._round_timeout).accepted
 
-    def snapshot(self, layout: Layout, piece: Slice, wait_seconds: float) -> tuple[int, bytes]:
-        """Return the shard's version and state (a safetensors file); waits until it is seeded.
+    def snapshot(self, wait_seconds: float) -> "Snapshot":
+        """Return the shard's state; waits until it is seeded.
 
         Raises:
             RoundFailedError: when it is not seeded in time.
-            FrameError: when the answer is no such file.
+            FrameError: when the answer is no state of a model.
         """
-        payload: Payload | None = None
-        version, complete = 0, False
+        request = pb.SnapshotRequest(wait_seconds=wait_seconds)
         with self._translated():
-            request = pb.SnapshotRequest(wait_seconds=wait_seconds)
-            for part in self._stub.Snapshot(request, timeout=wait_seconds + _MARGIN_SECONDS):
-                payload = payload or Payload(part.total_bytes, state_bytes_bound(layout, piece))
-                version, complete = part.version, payload.add(part.chunk)
-        if payload is None or not complete:
+            parts = self._stub.Snapshot(request, timeout=wait_seconds + _MARGIN_SECONDS)
+            first = next(parts)
+            layout, optimizer = layout_from_message(first.layout), optimizer_from_message(first.optimizer)
+            payload = Payload(first.total_bytes, state_bytes_bound(layout, layout.numel))
+            complete = payload.add(first.chunk)
+            for part in parts:
+                complete = payload.add(part.chunk)
+        if not complete:
             raise FrameError(f"the snapshot of {self} broke off")
         self.setup_bytes += len(payload.data)
-        return version, bytes(payload.data)
+        return Snapshot(first.version, layout, optimizer, *unpack_state(bytes(payload.data)))
+
+    def statistics(self, timeout: float = _CALL_SECONDS) -> pb.StatisticsResponse:
+        """Return the shard's counters."""
+        with self._translated():
+            return self._stub.Statistics(pb.StatisticsRequest(), timeout=timeout)
 
     def open(self, version: int) -> None:
         """Begin the exchange with a replica at ``version``."""

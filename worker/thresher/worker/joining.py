@@ -16,7 +16,7 @@ from thresher.protos.layout import Slice
 from thresher.protos.messages import layout_to_message, optimizer_to_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import Replica
-from thresher.protos.snapshots import pack_state, unpack_state
+from thresher.protos.snapshots import pack_state
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.client import ShardClient
 from thresher.worker.parameters import ModelParameters
@@ -103,10 +103,9 @@ def _begin(
     client: ShardClient, piece: Slice, model: ModelParameters, optimizer: OptimizerSpec, wait_seconds: float
 ) -> JoinedShard:
     """Make a replica of the shard's state."""
-    version, data = client.snapshot(model.layout, piece, wait_seconds)
-    state, untrained = unpack_state(data)
-    model.assign_untrained(untrained)
-    return JoinedShard(client, piece, Replica(piece, optimizer, state, version))
+    snapshot = client.snapshot(wait_seconds)
+    model.assign_untrained(snapshot.untrained)
+    return JoinedShard(client, piece, Replica(piece, optimizer, snapshot.state, snapshot.version))
 
 
 def _check_versions(joined: Sequence[JoinedShard]) -> None:

@@ -1,0 +1,190 @@
+"""What a run leaves behind: numbers, the per-iteration file, the final model."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thresher.protos.errors import ProtocolError
+from thresher.protos.layout import Layout
+from thresher.protos.replica import PARAMETERS, optimizer_state
+from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker.client import Snapshot
+
+_FLOAT32_BYTES: Final = 4
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One run in numbers.
+
+    Attributes:
+        accuracy: As the script printed it last, of rank 0; None when it printed none.
+        loss: Likewise.
+        steps: Rounds closed.
+        push_bytes: Bytes of exchange messages from workers to shards.
+        pull_bytes: Bytes of exchange messages from shards to workers.
+        dense_bytes: What the same pushes and updates would be as dense float32, both directions, without framing.
+        mean_density: Elements pushed over elements that could have been pushed, calibration included.
+        compression_ratio: ``dense_bytes / (push_bytes + pull_bytes)``.
+        seconds: From the start of the first process to the end of the last worker.
+    """
+
+    accuracy: float | None
+    loss: float | None
+    steps: int
+    push_bytes: int
+    pull_bytes: int
+    dense_bytes: int
+    mean_density: float
+    compression_ratio: float
+    seconds: float
+
+
+def summarize(statistics: Sequence[pb.StatisticsResponse], printed: Mapping[str, Any], seconds: float) -> RunResult:
+    """Add up what the shards counted and what rank 0 printed."""
+    workers = [(shard, worker) for shard in statistics for worker in shard.workers]
+    push = sum(worker.push_bytes for _, worker in workers)
+    pull = sum(worker.pull_bytes for _, worker in workers)
+    pushable = sum(worker.pushable_elements for _, worker in workers)
+    dense = 2 * _FLOAT32_BYTES * pushable
+    return RunResult(
+        accuracy=printed.get("accuracy"),
+        loss=printed.get("loss"),
+        steps=max(shard.version for shard in statistics),
+        push_bytes=push,
+        pull_bytes=pull,
+        dense_bytes=dense,
+        mean_density=sum(worker.pushed_elements for _, worker in workers) / pushable if pushable else 0.0,
+        compression_ratio=dense / (push + pull) if push + pull else 1.0,
+        seconds=seconds,
+    )
+
+
+def write_results(path: Path, results: Mapping[str, RunResult], **facts: int) -> None:
+    """Write ``result.json``: one object per run, and the facts they share."""
+    document = {**{name: asdict(result) for name, result in results.items()}, **facts}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def results_table(results: Mapping[str, RunResult]) -> Table:
+    """Set runs beside each other."""
+    table = Table(title="Result")
+    table.add_column("")
+    rows: list[tuple[str, list[str]]] = [
+        ("test accuracy", [_number(r.accuracy, ".2%") for r in results.values()]),
+        ("loss", [_number(r.loss, ".4f") for r in results.values()]),
+        ("steps", [str(r.steps) for r in results.values()]),
+        ("bytes pushed", [bytes_text(r.push_bytes) for r in results.values()]),
+        ("bytes pulled", [bytes_text(r.pull_bytes) for r in results.values()]),
+        ("mean density", [f"{r.mean_density:.2%}" for r in results.values()]),
+        ("compression ratio", [f"{r.compression_ratio:.1f}" for r in results.values()]),
+        ("seconds", [f"{r.seconds:.1f}" for r in results.values()]),
+    ]
+    for name in results:
+        table.add_column(name, justify="right")
+    for title, cells in rows:
+        table.add_row(title, *cells)
+    return table
+
+
+def bytes_text(count: float) -> str:
+    """Return a byte count for people, in decimal units.
+
+    >>> bytes_text(999), bytes_text(1_234_567)
+    ('999 B', '1.23 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def merge_iterations(parts: Iterable[Path], whole: Path) -> None:
+    """Fold the shards' per-iteration files into one with a row per round of the whole model.
+
+    Counts add up over shards, the squared residual norm too; times are those of the slowest shard.
+    """
+    rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: row["version"])
+    with whole.open("w", encoding="utf-8") as file:
+        for _, group in groupby(rows, key=lambda row: row["version"]):
+            file.write(json.dumps(_merged(list(group))) + "\n")
+
+
+def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    first = rows[0]
+    numel = sum(row["numel"] for row in rows)
+    summed = ("push_bytes", "pull_bytes", "pushed_elements", "update_elements", "residual_squared")
+    total = {name: sum(row[name] for row in rows) for name in summed}
+    shared = ("version", "members", "contributors", "skipped", "threshold", "learning_rate")
+    return {
+        "time": max(row["time"] for row in rows),
+        **{name: first[name] for name in shared},
+        "numel": numel,
+        **total,
+        "push_density": total["pushed_elements"] / (first["members"] * numel),
+        "update_density": total["update_elements"] / numel,
+        "residual_norm": math.sqrt(total["residual_squared"]),
+        "round_seconds": max(row["round_seconds"] for row in rows),
+    }
+
+
+def save_model(path: Path, snapshots: Sequence[Snapshot]) -> None:
+    """Write the model that the shards hold, whole, as safetensors: ``model.load_state_dict`` takes it.
+
+    Parameters are cast to the types of the model; tied parameters appear under each of their names.
+
+    Raises:
+        ProtocolError: when the shards are not at one version.
+    """
+    save_file(model_tensors(snapshots), path)
+
+
+def save_optimizer(path: Path, snapshots: Sequence[Snapshot]) -> None:
+    """Write the optimizer state that the shards hold, whole: ``<parameter>/<key>``, as safetensors."""
+    layout = snapshots[0].layout
+    parts: dict[tuple[int, str], list[Tensor]] = {}
+    for snapshot in snapshots:
+        for key, tensor, value in optimizer_state(snapshot.state):
+            parts.setdefault((tensor, key), []).append(value)
+    save_file(
+        {
+            f"{layout.trained[tensor].name}/{key}": (
+                values[0] if values[0].dim() == 0 else torch.cat(values).view(layout.trained[tensor].shape)
+            )
+            for (tensor, key), values in parts.items()
+        },
+        path,
+    )
+
+
+def model_tensors(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
+    """Return the model's tensors by name, as `save_model` writes them."""
+    versions = {snapshot.version for snapshot in snapshots}
+    if len(versions) != 1:
+        raise ProtocolError(f"the shards are at versions {sorted(versions)}; a model is whole at one version only")
+    layout: Layout = snapshots[0].layout
+    flat = torch.cat([snapshot.state[PARAMETERS] for snapshot in snapshots])
+    tensors: dict[str, Tensor] = {}
+    for spec, begin in zip(layout.trained, layout.offsets, strict=False):
+        value = flat[begin : begin + spec.numel].view(spec.shape).to(getattr(torch, spec.dtype))
+        for name in (spec.name, *spec.aliases):
+            tensors[name] = value.clone()
+    for snapshot in snapshots:
+        tensors.update(snapshot.untrained)
+    return tensors
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
