@@ -1,0 +1,206 @@
+"""The command line. Data goes to stdout, logs to stderr; exit codes: 0 done, 1 failed, 2 bad usage, 128 + signal."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from thresher.protos.errors import ConfigurationError, ThresherError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class CompressorChoice(StrEnum):
+    """What ``--compressor`` takes."""
+
+    HARD_THRESHOLD = "hard-threshold"
+    TOP_K = "top-k"
+    IDENTITY = "identity"
+
+
+class PlacementChoice(StrEnum):
+    """What ``--placement`` takes."""
+
+    GRADIENT = "gradient"
+    UPDATE = "update"
+
+
+class NonFiniteChoice(StrEnum):
+    """What ``--nonfinite`` takes."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
+@app.callback()
+def thresher() -> None:
+    """A parameter server for PyTorch that ships only the gradients that matter."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    script: Annotated[list[str], typer.Argument(help="The training script and its arguments.")],
+    shards: Annotated[int, typer.Option(envvar="THRESHER_SHARD_COUNT", help="Shard processes.")] = 1,
+    workers: Annotated[int, typer.Option(envvar="THRESHER_WORKERS", help="Worker processes.")] = 2,
+    compressor: Annotated[CompressorChoice, typer.Option(help="What is sent.")] = CompressorChoice.HARD_THRESHOLD,
+    threshold: Annotated[float | None, typer.Option(help="λ of the hard threshold, in gradient units.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Wanted fraction; a hard threshold is calibrated on the first steps.")
+    ] = None,
+    paper_rule: Annotated[bool, typer.Option(help="λ = 1/(2√k), k = density · parameters.")] = False,
+    layer_wise: Annotated[bool, typer.Option(help="Top-k for each tensor.")] = False,
+    placement: Annotated[
+        PlacementChoice, typer.Option(help="Compress gradients, or finished updates of plain SGD.")
+    ] = PlacementChoice.GRADIENT,
+    nonfinite: Annotated[
+        NonFiniteChoice, typer.Option(help="NaN or infinity in a gradient: refuse the step, or skip it.")
+    ] = NonFiniteChoice.REFUSE,
+    seed: Annotated[int, typer.Option(envvar="THRESHER_SEED", help="Keys data order and randomness.")] = 0,
+    baseline: Annotated[bool, typer.Option(help="Run once more with everything sent, and compare.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder; script and time by default.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+    round_timeout: Annotated[float, typer.Option(help="Seconds a round waits for a connected worker.")] = 600.0,
+    lease: Annotated[float, typer.Option(help="Seconds a round waits for a worker that was lost.")] = 5.0,
+    linger: Annotated[float, typer.Option(help="Seconds the shards stay up after the last worker.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train SCRIPT on shards and workers of this machine."""
+    from thresher.deploy import launch as launching
+    from thresher.deploy.display import Display
+    from thresher.deploy.results import results_table, write_results
+    from thresher.worker.method import Method
+
+    out, err = Console(), Console(stderr=True)
+    with _errors_told(err), launching.StopSignals():
+        if (compressor, threshold, density) == (CompressorChoice.HARD_THRESHOLD, None, None):
+            raise ConfigurationError("say what to send: --density 0.01, or --threshold, or --compressor identity")
+        method = Method(compressor.value, threshold, density, paper_rule, layer_wise, placement.value, nonfinite.value)
+        config = launching.LaunchConfig(
+            tuple(script), shards, workers, method, seed, round_timeout, lease, linger
+        )
+        folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        err.print(f"{shards} shards, {workers} workers, {method.describe()}; everything goes to {folder}")
+        with Display(err) as display:
+            results = launching.launch(config, folder, display, baseline=baseline)
+        write_results(folder / "result.json", results, workers=workers, shards=shards, seed=seed)
+        if as_json:
+            out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))
+        else:
+            out.print(results_table(results))
+        err.print(f"result, model, per-iteration file and logs: {folder}", highlight=False)
+
+
+@app.command()
+def serve(
+    shard: Annotated[int, typer.Option(help="Position of this shard.")] = 0,
+    shards: Annotated[int, typer.Option(help="Number of shards.")] = 1,
+    workers: Annotated[int, typer.Option(envvar="THRESHER_WORKERS", help="Number of workers.")] = 1,
+    listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:0",
+    metrics: Annotated[str | None, typer.Option(help="host:port of the Prometheus endpoint.")] = None,
+    iterations: Annotated[Path | None, typer.Option(help="Per-iteration file to write.")] = None,
+    start_timeout: Annotated[float, typer.Option(help="Seconds the first round waits for workers to come.")] = 300.0,
+    round_timeout: Annotated[float, typer.Option(help="Seconds a round waits for a connected worker.")] = 600.0,
+    lease: Annotated[float, typer.Option(help="Seconds a round waits for a worker that was lost.")] = 5.0,
+    log_cap: Annotated[int, typer.Option(help="Bytes of memory for updates that workers have not read.")] = 256 << 20,
+    worker_labels: Annotated[bool, typer.Option(help="Give each worker a label in the metrics.")] = True,
+    insecure: Annotated[
+        bool, typer.Option(envvar="THRESHER_INSECURE", help="Plain text beyond this machine is fine.")
+    ] = False,
+    until_stdin_closes: Annotated[bool, typer.Option(help="End when standard input does.")] = False,
+) -> None:
+    """Run one shard until SIGTERM. Prints its address as one JSON line when it serves."""
+    from thresher.server.server import ServerConfig
+    from thresher.server.shard import ShardConfig
+
+    with _errors_told(Console(stderr=True)):
+        if not 0 <= shard < shards or workers < 1:
+            raise ConfigurationError(f"shard {shard} of {shards} for {workers} workers makes no sense")
+        config = ServerConfig(
+            ShardConfig(
+                shard, shards, workers,
+                start_timeout=start_timeout, round_timeout=round_timeout, lease=lease, log_cap_bytes=log_cap,
+            ),
+            listen, metrics, iterations, insecure=insecure, per_worker_metrics=worker_labels,
+        )  # fmt: skip
+        asyncio.run(_serve(config, until_stdin_closes=until_stdin_closes))
+
+
+async def _serve(config: "ServerConfig", *, until_stdin_closes: bool) -> None:  # type: ignore[name-defined]  # noqa: F821
+    from thresher.server.server import ShardServer
+
+    server = ShardServer(config)
+    await server.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_kill, stop, number)
+    if until_stdin_closes:
+        threading.Thread(target=_wait_eof, args=(loop, stop), name="stdin", daemon=True).start()
+    ready = {"shard": config.shard.shard, "address": server.address, "metrics": server.metrics_address}
+    typer.echo(json.dumps(ready))
+    await stop.wait()
+    await server.stop()
+
+
+def _stop_or_kill(stop: asyncio.Event, number: int) -> None:
+    """Drain on the first signal, die of the second."""
+    if stop.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    stop.set()
+
+
+def _wait_eof(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    loop.call_soon_threadsafe(stop.set)
+
+
+def _run_folder(runs: Path, name: str) -> Path:
+    """Return the folder of a new run, and have ``latest`` point at it.
+
+    Raises:
+        ConfigurationError: when there is something of that name; a run is never overwritten.
+    """
+    folder = runs / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigurationError(f"{folder} exists already; choose another --name, or remove it") from None
+    latest = runs / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(name)
+    return folder
+
+
+@contextmanager
+def _errors_told(console: Console) -> Iterator[None]:
+    """Turn our errors into one clear message and an exit code."""
+    try:
+        yield
+    except ConfigurationError as error:
+        console.print(f"thresher: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    except ThresherError as error:
+        console.print(f"thresher: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(128 + getattr(error, "number", -127)) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
