@@ -17,10 +17,10 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.with-examples ## train on two shards and four workers, beside a dense baseline
-	$(BIN)/thresher launch $(TRAIN_OPTIONS) --name digits examples/digits.py
+	$(BIN)/thresher launch $(TRAIN_OPTIONS) examples/digits.py
 
 fashion: $(VENV)/.with-examples ## the same on Fashion-MNIST; DATA=folder names where fashion_mnist.npz is
-	$(BIN)/thresher launch $(TRAIN_OPTIONS) --name fashion examples/fashion_mnist.py --data $(DATA)
+	$(BIN)/thresher launch $(TRAIN_OPTIONS) examples/fashion_mnist.py --data $(DATA)
 
 test: $(VENV)/.with-test ## run the tests; TEST_OPTIONS= runs the slow ones too
 	$(BIN)/python -m pytest $(TEST_OPTIONS)

@@ -3,8 +3,8 @@
     thresher launch --shards 2 --workers 4 --density 0.01 examples/digits.py
 
 An ordinary training loop; the lines marked (1), (2), (3) are all that is Thresher's. A line that the script prints as a
-JSON object is data: the live display shows `loss`, and `steps` as the length of the run; the last `accuracy` and `loss`
-of rank 0 are the result.
+JSON object is data: the live display shows `loss`, and from `epoch` and `epochs` how long the run will take; the last
+`accuracy` and `loss` of rank 0 are the result.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def main() -> None:
             loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
+            print(json.dumps({"epoch": epoch, "epochs": options.epochs, "loss": loss.item()}))
         schedule.step()
-        print(json.dumps({"epoch": epoch + 1, "loss": loss.item()}))
     print(json.dumps(evaluate(model, test)))
 
 

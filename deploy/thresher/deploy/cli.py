@@ -94,7 +94,7 @@ def launch(
             tuple(script), shards, workers, method, seed, round_timeout, lease, linger
         )
         folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        err.print(f"{shards} shards, {workers} workers, {method.describe()}; everything goes to {folder}")
+        err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
         with Display(err) as display:
             results = launching.launch(config, folder, display, baseline=baseline)
         write_results(folder / "result.json", results, workers=workers, shards=shards, seed=seed)
@@ -102,7 +102,7 @@ def launch(
             out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))
         else:
             out.print(results_table(results))
-        err.print(f"result, model, per-iteration file and logs: {folder}", highlight=False)
+        err.print(f"result, model, per-iteration file and logs: {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -194,10 +194,10 @@ def _errors_told(console: Console) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        console.print(f"thresher: {error}", style="red", highlight=False, markup=False)
+        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except ThresherError as error:
-        console.print(f"thresher: {error}", style="red", highlight=False, markup=False)
+        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + getattr(error, "number", -127)) from None
 
 

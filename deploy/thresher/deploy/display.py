@@ -27,12 +27,14 @@ class Picture:
         shards: Counters of each shard that answers.
         printed: What each worker's script printed as data, by rank.
         seconds: Since the run began.
+        passes: For each rank the epoch it is in and the step at which that began, as far as its script says.
     """
 
     title: str
     shards: Sequence[pb.StatisticsResponse]
     printed: Sequence[Mapping[str, Any]]
     seconds: float
+    passes: Mapping[int, tuple[int, int]]
 
     def lines(self) -> list[tuple[str, ...]]:
         """Return a line for each worker, then one for each shard, in the columns of `COLUMNS`."""
@@ -57,13 +59,16 @@ class Picture:
             bytes_text(push),
             bytes_text(pull),
             _ratio(2 * _FLOAT32_BYTES * pushable, push + pull),
-            self._time_left(step, printed.get("steps")),
+            self._time_left(rank, step),
         )
 
-    def _time_left(self, step: int, steps: object) -> str:
-        if not isinstance(steps, int) or not 0 < step <= steps:
+    def _time_left(self, rank: int, step: int) -> str:
+        """Estimate from the steps that the epochs so far have taken."""
+        epoch, begin = self.passes.get(rank, (0, 0))
+        epochs = self.printed[rank].get("epochs")
+        if not isinstance(epochs, int) or not 0 < epoch < epochs or not begin:
             return ""
-        return f"{self.seconds / step * (steps - step):.0f} s"
+        return f"{self.seconds / step * max(0.0, begin / epoch * epochs - step):.0f} s"
 
 
 COLUMNS: Final = ("", "state", "step", "loss", "density", "up", "down", "ratio", "left")
@@ -136,4 +141,5 @@ class Display:
                 f"{picture.title}: {first['state']}, step {first['step']}, loss {first['loss']}, "
                 f"density {first['density']}, up {first['up']}, down {first['down']} (worker 0)",
                 highlight=False,
+                soft_wrap=True,
             )

@@ -86,20 +86,21 @@ def in_process(*, shards: int, workers: int, method: Method | None = None, **opt
         ...     cluster.run(work)
         [1, 1]
     """
+    configs = [ServerConfig(ShardConfig(index, shards, workers, **options)) for index in range(shards)]
+    servers = [ShardServer(config) for config in configs]
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="shards", daemon=True)
     thread.start()
-    configs = [ServerConfig(ShardConfig(index, shards, workers, **options)) for index in range(shards)]
-    servers = [ShardServer(config) for config in configs]
+    started: list[ShardServer] = []
     try:
         for server in servers:
             asyncio.run_coroutine_threadsafe(server.start(), loop).result()
-        settings = Settings(tuple(server.address for server in servers), 0, workers, method=method or Method(threshold=0))
-        yield InProcess(servers, settings)
+            started.append(server)
+        addresses = tuple(server.address for server in servers)
+        yield InProcess(servers, Settings(addresses, 0, workers, method=method or Method(threshold=0.0)))
     finally:
-        for server in servers:
+        for server in started:
             asyncio.run_coroutine_threadsafe(server.stop(grace=0.5), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-

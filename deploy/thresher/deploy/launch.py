@@ -38,7 +38,7 @@ class RunFailedError(ThresherError, RuntimeError):
     """A shard or a worker ended as it should not; the message names it and shows the end of its log."""
 
 
-class InterruptedError_(ThresherError, RuntimeError):
+class StopRequestedError(ThresherError, RuntimeError):
     """The user or the system asked the launcher to stop."""
 
     def __init__(self, number: int) -> None:
@@ -94,6 +94,7 @@ class Launch:
         self._workers: list[Child] = []
         self._clients: list[ShardClient] = []
         self._statistics: list[pb.StatisticsResponse] = []
+        self._passes: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         """Start everything."""
@@ -188,8 +189,12 @@ class Launch:
         self._write_targets()
 
     def _picture(self) -> Picture:
+        for rank, worker in enumerate(self._workers):
+            epoch = worker.data.get("epoch")
+            if isinstance(epoch, int) and self._statistics and epoch != self._passes.get(rank, (None,))[0]:
+                self._passes[rank] = (epoch, self._statistics[0].workers[rank].steps)
         printed = [worker.data for worker in self._workers]
-        return Picture(self._title, self._statistics, printed, time.monotonic() - self._begin)
+        return Picture(self._title, self._statistics, printed, time.monotonic() - self._begin, self._passes)
 
     def _write_targets(self) -> None:
         """Tell Prometheus where the endpoints are (file_sd_configs)."""
@@ -262,7 +267,7 @@ def launch(
 
 @final
 class StopSignals:
-    """Turns SIGINT and SIGTERM into `InterruptedError_` in the main thread; a second signal ends at once."""
+    """Turns SIGINT and SIGTERM into `StopRequestedError` in the main thread; a second signal ends at once."""
 
     def __enter__(self) -> Self:
         """Begin to listen."""
@@ -279,4 +284,4 @@ class StopSignals:
         if self._seen:
             os._exit(128 + number)  # the children see their standard input close, and end
         self._seen = True
-        raise InterruptedError_(number)
+        raise StopRequestedError(number)

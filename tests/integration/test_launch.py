@@ -1,0 +1,253 @@
+"""`thresher launch` as a user runs it: real processes, real gRPC, good days and bad ones."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.integration import launching
+from tests.integration.launching import Launched, write_script
+
+Starter = Callable[..., Launched]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    """Start launchers in a folder of the test, and leave none behind."""
+    started: list[Launched] = []
+
+    def one(*options: str, extra: str = "pass", epochs: int = 5, script: list[str] | None = None) -> Launched:
+        script = script if script is not None else [str(write_script(tmp_path, extra=extra, epochs=epochs))]
+        started.append(launching.start(tmp_path, *options, script=script))
+        return started[-1]
+
+    yield one
+    for launched in started:
+        launching.kill(launched)
+
+
+def test_a_run_leaves_result_model_rows_and_logs(start: Starter) -> None:
+    """The folder holds what the README promises, the numbers agree with each other, and no process is left."""
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", "--baseline", "--json", "--seed", "3")
+    code, out, err = launched.finish(150)
+    assert code == 0, err
+    document = launching.result(launched)
+    assert {key: document[key] for key in ("workers", "shards", "seed")} == {"workers": 2, "shards": 2, "seed": 3}
+    assert json.loads(out) == {name: document[name] for name in ("sparse", "dense")}
+    for name, folder in (("sparse", launched.run), ("dense", launched.run / "dense")):
+        one = document[name]
+        rows = [json.loads(line) for line in (folder / "iterations.jsonl").read_text().splitlines()]
+        assert len(rows) == one["steps"] == 40
+        for key in ("push_bytes", "pull_bytes"):
+            assert sum(row[key] for row in rows) == one[key]
+        elements = sum(row["pushed_elements"] for row in rows)
+        assert math.isclose(one["mean_density"], elements / (2 * 40 * rows[0]["numel"]))
+        assert one["dense_bytes"] == 2 * 4 * 2 * 40 * rows[0]["numel"]
+        assert math.isclose(one["compression_ratio"], one["dense_bytes"] / (one["push_bytes"] + one["pull_bytes"]))
+        assert {path.name for path in folder.glob("*.log")} == {f"{kind}-{i}.log" for kind in ("shard", "worker") for i in "01"}
+    assert document["dense"]["mean_density"] == 1.0
+    assert document["sparse"]["push_bytes"] < document["dense"]["push_bytes"] / 3
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
+    model.load_state_dict(load_file(launched.run / "model.safetensors"))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(256, 20, generator=generator)
+    labels = (images[:, :4].sum(1) > 0).long()
+    accuracy = (model(images).argmax(1) == labels).float().mean().item()
+    assert accuracy == document["sparse"]["accuracy"]
+    assert not launched.left_over()
+
+
+def test_the_number_of_shards_does_not_change_a_bit(start: Starter) -> None:
+    """One shard process or three: the same final parameters."""
+    models = []
+    for index, shards in enumerate(("1", "3")):
+        launched = start("--shards", shards, "--workers", "2", "--threshold", "0.01", "--name", f"run-{index}")
+        code, _, err = launched.finish()
+        assert code == 0, err
+        models.append(load_file(launched.run / "model.safetensors"))
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_script_that_raises_ends_the_run_with_its_traceback(start: Starter) -> None:
+    """The traceback is shown, the others say whom they missed, the exit code is 1, and all processes are gone."""
+    extra = "if session.step == 3 and session.rank == 1: raise KeyError('no such pixel')"
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", extra=extra)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "worker 1 failed: exit code 1" in err
+    assert "Traceback" in err
+    assert "no such pixel" in err
+    other = (launched.run / "worker-0.log").read_text()
+    assert "worker 1" in other
+    assert "no such pixel" in other
+    assert not launched.left_over()
+
+
+def test_a_worker_that_dies_is_named_by_the_others(start: Starter) -> None:
+    """kill -9 of one worker mid-step: the others end at their deadline naming it, and nothing is left."""
+    extra = "if session.step == 3 and session.rank == 1: os.kill(os.getpid(), signal.SIGKILL)"
+    launched = start("--shards", "2", "--workers", "3", "--density", "0.05", "--lease", "1", extra=extra)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "worker 1 failed: signal SIGKILL" in err
+    for rank in (0, 2):
+        log = (launched.run / f"worker-{rank}.log").read_text()
+        assert "round 3 of shard" in log
+        assert "worker 1 (" in log
+        assert "lost its connection" in log
+    assert not launched.left_over()
+
+
+def test_a_shard_that_dies_is_named(start: Starter) -> None:
+    """kill -9 of one shard: the run fails, the workers name the shard and its address, and nothing is left."""
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", epochs=10_000)
+    launched.wait_step(3)
+    os.kill(launched.pids("--shard 1")[0], signal.SIGKILL)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "shard 1 failed: signal SIGKILL" in err
+    assert "has lost shard 1 at 127.0.0.1:" in (launched.run / "worker-0.log").read_text()
+    assert not launched.left_over()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run(start: Starter, number: signal.Signals) -> None:
+    """Ctrl-C or SIGTERM: exit code 128 + signal, one line that says so, and nothing is left."""
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", epochs=10_000)
+    launched.wait_step(3)
+    launched.process.send_signal(number)
+    code, _, err = launched.finish()
+    assert code == 128 + number
+    assert f"stopped by {number.name}" in err
+    assert "Traceback" not in err
+    assert not launched.left_over()
+
+
+def test_a_launcher_that_is_killed_leaves_nothing(start: Starter) -> None:
+    """kill -9 of the launcher itself: shards see their standard input close, workers lose the shards, all end."""
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", epochs=10_000)
+    launched.wait_step(3)
+    launched.process.kill()
+    launched.process.communicate(timeout=10)
+    assert not launched.left_over()
+
+
+def test_nan_is_named_and_nothing_is_sent(start: Starter) -> None:
+    """A gradient with NaN: worker, step and parameter are named; the step never reaches the shards."""
+    extra = "model[2].weight.grad[0, 0] = float('nan') if session.step == 4 and session.rank == 1 else 0.0"
+    launched = start("--shards", "2", "--workers", "2", "--density", "0.05", extra=extra)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "gradient of worker 1 at step 4: 2.weight (1 of 128 elements)" in err
+    assert (launched.run / "shard-0.iterations.jsonl").read_text().count("\n") == 4
+
+
+def test_nan_is_skipped_when_asked_for(start: Starter) -> None:
+    """The same with --nonfinite skip: the run goes on, and that round has one contributor."""
+    extra = "model[2].weight.grad[0, 0] = float('nan') if session.step == 4 and session.rank == 1 else 0.0"
+    launched = start("--workers", "2", "--density", "0.05", "--nonfinite", "skip", extra=extra)
+    code, _, err = launched.finish()
+    assert code == 0, err
+    rows = [json.loads(line) for line in (launched.run / "iterations.jsonl").read_text().splitlines()]
+    assert [row["contributors"] for row in rows[3:6]] == [[0, 1], [0], [0, 1]]
+
+
+def test_a_script_that_never_connects_is_told(start: Starter, tmp_path: Path) -> None:
+    """A script without connect(): the workers end well, the run does not, and the message says why."""
+    script = tmp_path / "plain.py"
+    script.write_text("print('hello')\n", encoding="utf-8")
+    launched = start("--workers", "2", "--density", "0.05", script=[str(script)])
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "connect()" in err
+    assert not launched.left_over()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--density", "1.5"), "density must be in (0, 1]"),
+        (("--density", "0"), "density must be in (0, 1]"),
+        (("--threshold", "-1"), "threshold must be a finite number >= 0"),
+        (("--threshold", "nan"), "threshold must be a finite number >= 0"),
+        (("--compressor", "top-k"), "top-k needs a density"),
+        ((), "say what to send"),
+        (("--density", "0.1", "--shards", "0"), "at least one shard"),
+    ],
+)
+def test_bad_options_start_nothing(start: Starter, options: tuple[str, ...], message: str) -> None:
+    """A setting out of its range: exit code 2, a message that says what is wrong, no process, no folder."""
+    launched = start(*options)
+    code, _, err = launched.finish()
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (launched.folder / "runs").exists()
+
+
+def test_a_missing_script_is_named(start: Starter) -> None:
+    """No such script: exit code 2 and its name."""
+    code, _, err = start("--density", "0.1", script=["nowhere.py"]).finish()
+    assert code == 2
+    assert "nowhere.py" in err
+
+
+def test_a_run_is_never_overwritten(start: Starter, tmp_path: Path) -> None:
+    """A name that is taken: exit code 2, and the old folder stays as it was."""
+    old = tmp_path / "runs" / "mine"
+    old.mkdir(parents=True)
+    (old / "result.json").write_text("{}")
+    code, _, err = start("--density", "0.1", "--name", "mine").finish()
+    assert code == 2
+    assert "exists already" in err
+    assert [path.name for path in old.iterdir()] == ["result.json"]
+
+
+def test_more_shards_than_parameters(start: Starter, tmp_path: Path) -> None:
+    """A model of one element on two shards: refused with both numbers."""
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import torch\nfrom thresher.worker import connect\n"
+        "model = torch.nn.Linear(1, 1, bias=False)\n"
+        "connect().wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))\n",
+        encoding="utf-8",
+    )
+    launched = start("--shards", "2", "--workers", "1", "--threshold", "0", script=[str(script)])
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "2 shards are more than the model's 1 trained elements" in " ".join(err.split())
+
+
+def test_a_port_in_use_is_named() -> None:
+    """`thresher serve` on a port that is taken: exit code 2 and the address."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        served = subprocess.run(
+            [sys.executable, "-m", "thresher.deploy", "serve", "--listen", address],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert served.returncode == 2
+    assert address in served.stderr
+    assert "in use" in " ".join(served.stderr.split())
+
+
+def test_plain_text_beyond_this_machine_must_be_typed() -> None:
+    """`thresher serve` on all interfaces without --insecure: exit code 2, and the message says what to type."""
+    served = subprocess.run(
+        [sys.executable, "-m", "thresher.deploy", "serve", "--listen", "0.0.0.0:0"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert served.returncode == 2
+    assert "--insecure" in served.stderr
