@@ -14,6 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
 from thresher.worker import connect  # (1)
 
 

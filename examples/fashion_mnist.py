@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
 from thresher.worker import connect  # (1)
 
 MEAN, DEVIATION = 72.94, 90.02  # of the training pixels

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
-
 from tests.integration import launching
 from tests.integration.launching import Launched, write_script
+from torch import nn
 
 Starter = Callable[..., Launched]
 
@@ -54,7 +53,9 @@ def test_a_run_leaves_result_model_rows_and_logs(start: Starter) -> None:
         assert math.isclose(one["mean_density"], elements / (2 * 40 * rows[0]["numel"]))
         assert one["dense_bytes"] == 2 * 4 * 2 * 40 * rows[0]["numel"]
         assert math.isclose(one["compression_ratio"], one["dense_bytes"] / (one["push_bytes"] + one["pull_bytes"]))
-        assert {path.name for path in folder.glob("*.log")} == {f"{kind}-{i}.log" for kind in ("shard", "worker") for i in "01"}
+        assert {path.name for path in folder.glob("*.log")} == {
+            f"{kind}-{i}.log" for kind in ("shard", "worker") for i in "01"
+        }
     assert document["dense"]["mean_density"] == 1.0
     assert document["sparse"]["push_bytes"] < document["dense"]["push_bytes"] / 3
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -95,7 +96,7 @@ def test_a_script_that_raises_ends_the_run_with_its_traceback(start: Starter) ->
 
 
 def test_a_worker_that_dies_is_named_by_the_others(start: Starter) -> None:
-    """kill -9 of one worker mid-step: the others end at their deadline naming it, and nothing is left."""
+    """Kill -9 of one worker mid-step: the others end at their deadline naming it, and nothing is left."""
     extra = "if session.step == 3 and session.rank == 1: os.kill(os.getpid(), signal.SIGKILL)"
     launched = start("--shards", "2", "--workers", "3", "--density", "0.05", "--lease", "1", extra=extra)
     code, _, err = launched.finish()
@@ -110,7 +111,7 @@ def test_a_worker_that_dies_is_named_by_the_others(start: Starter) -> None:
 
 
 def test_a_shard_that_dies_is_named(start: Starter) -> None:
-    """kill -9 of one shard: the run fails, the workers name the shard and its address, and nothing is left."""
+    """Kill -9 of one shard: the run fails, the workers name the shard and its address, and nothing is left."""
     launched = start("--shards", "2", "--workers", "2", "--density", "0.05", epochs=10_000)
     launched.wait_step(3)
     os.kill(launched.pids("--shard 1")[0], signal.SIGKILL)
@@ -135,7 +136,7 @@ def test_a_signal_ends_the_run(start: Starter, number: signal.Signals) -> None:
 
 
 def test_a_launcher_that_is_killed_leaves_nothing(start: Starter) -> None:
-    """kill -9 of the launcher itself: shards see their standard input close, workers lose the shards, all end."""
+    """Kill -9 of the launcher itself: shards see their standard input close, workers lose the shards, all end."""
     launched = start("--shards", "2", "--workers", "2", "--density", "0.05", epochs=10_000)
     launched.wait_step(3)
     launched.process.kill()

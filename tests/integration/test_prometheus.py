@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.integration import launching
 
 CONFIGURATION = """
@@ -98,7 +97,7 @@ def test_prometheus_agrees_with_the_result(prometheus: Prometheus, tmp_path: Pat
         at_shards: dict[str, float | None] = {}
         deadline = time.monotonic() + 150
         while launched.process.poll() is None and time.monotonic() < deadline:
-            # The endpoints of the workers go with them, those of the shards linger: keep what was seen at the last step.
+            # The workers' endpoints go with them, those of the shards linger: keep what was seen at the last step.
             if prometheus.query("min(thresher_worker_steps_total)") == 40:
                 at_workers = {key: prometheus.query(text) for key, text in worker_sums.items()}
             if prometheus.query("min(thresher_iterations_total)") == 40:

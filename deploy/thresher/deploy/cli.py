@@ -47,9 +47,7 @@ class NonFiniteChoice(StrEnum):
 @app.callback()
 def thresher() -> None:
     """A parameter server for PyTorch that ships only the gradients that matter."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -90,9 +88,7 @@ def launch(
         if (compressor, threshold, density) == (CompressorChoice.HARD_THRESHOLD, None, None):
             raise ConfigurationError("say what to send: --density 0.01, or --threshold, or --compressor identity")
         method = Method(compressor.value, threshold, density, paper_rule, layer_wise, placement.value, nonfinite.value)
-        config = launching.LaunchConfig(
-            tuple(script), shards, workers, method, seed, round_timeout, lease, linger
-        )
+        config = launching.LaunchConfig(tuple(script), shards, workers, method, seed, round_timeout, lease, linger)
         folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
         with Display(err) as display:

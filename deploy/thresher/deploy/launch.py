@@ -75,7 +75,9 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         """Check before anything is started."""
         if self.shards < 1 or self.workers < 1:
-            raise ConfigurationError(f"a run needs at least one shard and one worker, not {self.shards}, {self.workers}")
+            raise ConfigurationError(
+                f"a run needs at least one shard and one worker, not {self.shards}, {self.workers}"
+            )
         if not self.command or not Path(self.command[0]).is_file():
             raise ConfigurationError(f"there is no script {self.command[0] if self.command else ''!r}")
 
@@ -225,8 +227,7 @@ class Launch:
         lines = [f"{child.name}: {child.ending()} ({child.log})" for child in (*self._shards, *self._workers)]
         report = "\n  ".join(lines)
         return RunFailedError(
-            f"{failed.name} failed: {failed.ending()}\n  {report}\n"
-            f"end of {failed.log}:\n{failed.last_lines()}"
+            f"{failed.name} failed: {failed.ending()}\n  {report}\nend of {failed.log}:\n{failed.last_lines()}"
         )
 
     def _save(self) -> None:
@@ -243,9 +244,7 @@ class Launch:
         merge_iterations(parts, self._folder / "iterations.jsonl")
 
 
-def launch(
-    config: LaunchConfig, folder: Path, display: Display, *, baseline: bool = False
-) -> dict[str, RunResult]:
+def launch(config: LaunchConfig, folder: Path, display: Display, *, baseline: bool = False) -> dict[str, RunResult]:
     """Run ``config`` in ``folder``; with ``baseline`` also the same run with everything sent, in ``folder/dense``.
 
     Returns:
@@ -280,7 +279,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
         if self._seen:
             os._exit(128 + number)  # the children see their standard input close, and end
         self._seen = True

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import IO, Any, Final, cast, final
 
 _TERMINATE_SECONDS: Final = 5.0
 
@@ -40,6 +40,7 @@ class Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._output = cast("IO[bytes]", self._process.stdout)
         self._reader = threading.Thread(target=self._read, name=f"log of {name}", daemon=True)
         self._reader.start()
 
@@ -53,7 +54,7 @@ class Child:
         """Process id."""
         return self._process.pid
 
-    def wait_data(self, key: str, timeout: float) -> Any:
+    def wait_data(self, key: str, timeout: float) -> object:
         """Wait until a data line has brought ``key``, and return its value; None when it has not in time or at all."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -86,10 +87,8 @@ class Child:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _read(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None  # it was asked for
         with self.log.open("wb", buffering=0) as log:
-            for line in stream:
+            for line in self._output:
                 log.write(line)
                 if line.startswith(b"{"):
                     self._take(line)
