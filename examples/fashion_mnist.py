@@ -1,4 +1,4 @@
-"""Fashion-MNIST (28 x 28 pixels, 60,000 training images): a convolutional network of 1.7 million parameters.
+"""Fashion-MNIST (28 x 28 pixels, 60,000 training images): a convolutional network of a million parameters.
 
     thresher launch --shards 2 --workers 4 --density 0.01 examples/fashion_mnist.py --data FOLDER
 
@@ -36,7 +36,7 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, 10),
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 320), nn.ReLU(), nn.Linear(320, 10),
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, test: TensorDataset) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with fashion_mnist.npz")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)

@@ -84,7 +84,7 @@ def launch(
     from thresher.worker.method import Method
 
     out, err = Console(), Console(stderr=True)
-    with _errors_told(err), launching.StopSignals():
+    with _errors_told(err), launching.StopSignals() as stop:
         if (compressor, threshold, density) == (CompressorChoice.HARD_THRESHOLD, None, None):
             raise ConfigurationError("say what to send: --density 0.01, or --threshold, or --compressor identity")
         method = Method(compressor.value, threshold, density, paper_rule, layer_wise, placement.value, nonfinite.value)
@@ -92,7 +92,7 @@ def launch(
         folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
         with Display(err) as display:
-            results = launching.launch(config, folder, display, baseline=baseline)
+            results = launching.launch(config, folder, display.show, stop, baseline=baseline)
         write_results(folder / "result.json", results, workers=workers, shards=shards, seed=seed)
         if as_json:
             out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))

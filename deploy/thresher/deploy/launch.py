@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self, final
 
-from thresher.deploy.display import Display, Picture
+from thresher.deploy.display import Picture
 from thresher.deploy.processes import Child, end_all
 from thresher.deploy.results import (
     RunResult,
@@ -28,6 +28,9 @@ from thresher.worker.client import ShardClient
 from thresher.worker.method import Method
 
 _logger = logging.getLogger(__name__)
+
+Show = Callable[[Picture], None]
+"""Takes a picture of the run, a few times a second."""
 
 _POLL_SECONDS: Final = 0.25
 _START_SECONDS: Final = 60.0
@@ -45,6 +48,41 @@ class StopRequestedError(ThresherError, RuntimeError):
         """Remember the signal's number."""
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
+
+
+@final
+class StopSignals:
+    """Hears SIGINT and SIGTERM. The first is remembered and raised by the next `pause`; a second one ends at once.
+
+    Raising in the handler itself would strike anywhere, also where an exception is swallowed.
+    """
+
+    def __init__(self) -> None:
+        """Hear nothing yet: entering the block begins."""
+        self._number: int | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to listen."""
+        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep. Raises StopRequestedError as soon as a signal has come."""
+        end = time.monotonic() + seconds
+        while self._number is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+        if self._number is not None:
+            raise StopRequestedError(self._number)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        if self._number is not None:
+            os._exit(128 + number)  # the shards see their standard input close, and end; the workers lose the shards
+        self._number = number
 
 
 @final
@@ -86,11 +124,12 @@ class LaunchConfig:
 class Launch:
     """One run: all its processes, in one folder. Use as a context manager: at the end of the block all have ended."""
 
-    def __init__(self, config: LaunchConfig, folder: Path, title: str) -> None:
+    def __init__(self, config: LaunchConfig, folder: Path, title: str, stop: StopSignals) -> None:
         """Prepare; entering the block starts the shards and the workers."""
         self._config = config
         self._folder = folder
         self._title = title
+        self._stop = stop
         self._children: list[Child] = []
         self._shards: list[Child] = []
         self._workers: list[Child] = []
@@ -119,16 +158,16 @@ class Launch:
             client.close()
         end_all(self._shards)
 
-    def watch(self, display: Display) -> RunResult:
+    def watch(self, show: Show) -> RunResult:
         """Show the run until all workers are done; save the model; return what it came to.
 
         Raises:
             RunFailedError: when a process failed; the others have been given time to say what they saw.
         """
         while any(worker.code is None for worker in self._workers):
-            time.sleep(_POLL_SECONDS)
+            self._stop.pause(_POLL_SECONDS)
             self._poll()
-            display.show(self._picture())
+            show(self._picture())
             failed = self._failed()
             if failed is not None:
                 raise self._failure(failed)
@@ -138,15 +177,18 @@ class Launch:
         seconds = time.monotonic() - self._begin
         self._poll()
         self._save()
-        time.sleep(self._config.linger)
+        self._stop.pause(self._config.linger)
         return summarize(self._statistics, self._workers[0].data, seconds)
 
     def _start_shards(self) -> list[str]:
         for shard in range(self._config.shards):
             self._shards.append(self._child(f"shard {shard}", self._serve_command(shard), {}))
+        deadline = time.monotonic() + _START_SECONDS
         for child in self._shards:
-            if child.wait_data("address", _START_SECONDS) is None:
-                raise self._failure(child)
+            while "address" not in child.data:
+                if child.code is not None or time.monotonic() > deadline:
+                    raise self._failure(child)
+                self._stop.pause(_POLL_SECONDS / 5)
         addresses = [str(child.data["address"]) for child in self._shards]
         self._clients = [ShardClient(index, address, 0, 0) for index, address in enumerate(addresses)]
         return addresses
@@ -223,7 +265,7 @@ class Launch:
         """Wait for the others to end by themselves and say what they saw; then describe what happened."""
         deadline = time.monotonic() + self._config.lease + _GOODBYE_SECONDS
         while any(worker.code is None for worker in self._workers) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS / 5)
+            self._stop.pause(_POLL_SECONDS / 5)
         lines = [f"{child.name}: {child.ending()} ({child.log})" for child in (*self._shards, *self._workers)]
         report = "\n  ".join(lines)
         return RunFailedError(
@@ -244,7 +286,9 @@ class Launch:
         merge_iterations(parts, self._folder / "iterations.jsonl")
 
 
-def launch(config: LaunchConfig, folder: Path, display: Display, *, baseline: bool = False) -> dict[str, RunResult]:
+def launch(
+    config: LaunchConfig, folder: Path, show: Show, stop: StopSignals, *, baseline: bool = False
+) -> dict[str, RunResult]:
     """Run ``config`` in ``folder``; with ``baseline`` also the same run with everything sent, in ``folder/dense``.
 
     Returns:
@@ -252,6 +296,7 @@ def launch(config: LaunchConfig, folder: Path, display: Display, *, baseline: bo
 
     Raises:
         RunFailedError: when a process failed.
+        StopRequestedError: when ``stop`` has heard a signal.
     """
     runs = {"sparse": (config, folder)}
     if baseline:
@@ -259,28 +304,6 @@ def launch(config: LaunchConfig, folder: Path, display: Display, *, baseline: bo
         runs["dense"] = (replace(config, method=everything), folder / "dense")
     results: dict[str, RunResult] = {}
     for name, (one, where) in runs.items():
-        with Launch(one, where, f"{name}: {Path(one.command[0]).name}") as run:
-            results[name] = run.watch(display)
+        with Launch(one, where, f"{name}: {Path(one.command[0]).name}", stop) as run:
+            results[name] = run.watch(show)
     return results
-
-
-@final
-class StopSignals:
-    """Turns SIGINT and SIGTERM into `StopRequestedError` in the main thread; a second signal ends at once."""
-
-    def __enter__(self) -> Self:
-        """Begin to listen."""
-        self._seen = False
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Listen no more."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if self._seen:
-            os._exit(128 + number)  # the children see their standard input close, and end
-        self._seen = True
-        raise StopRequestedError(number)

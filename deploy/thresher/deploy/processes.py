@@ -31,7 +31,6 @@ class Child:
         """Start it."""
         self.name, self.log = name, log
         self.data: dict[str, Any] = {}  # the union of all data lines, the latest value of each key
-        self._changed = threading.Condition()
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -41,6 +40,7 @@ class Child:
             start_new_session=True,
         )
         self._output = cast("IO[bytes]", self._process.stdout)
+        log.touch()
         self._reader = threading.Thread(target=self._read, name=f"log of {name}", daemon=True)
         self._reader.start()
 
@@ -54,14 +54,6 @@ class Child:
         """Process id."""
         return self._process.pid
 
-    def wait_data(self, key: str, timeout: float) -> object:
-        """Wait until a data line has brought ``key``, and return its value; None when it has not in time or at all."""
-        deadline = time.monotonic() + timeout
-        with self._changed:
-            while key not in self.data and self._reader.is_alive() and time.monotonic() < deadline:
-                self._changed.wait(0.1)
-            return self.data.get(key)
-
     def signal(self, number: int) -> None:
         """Send a signal to the process and everything it started."""
         try:
@@ -74,6 +66,8 @@ class Child:
         self._process.wait()
         self.signal(signal.SIGKILL)  # what it may have left running, such as data loaders
         self._reader.join(timeout=_TERMINATE_SECONDS)
+        self._output.close()
+        cast("IO[bytes]", self._process.stdin).close()
 
     def last_lines(self, count: int = 30) -> str:
         """Return the end of its output."""
@@ -98,9 +92,7 @@ class Child:
             values = json.loads(line)
         except ValueError:
             return  # a line that merely begins like data
-        with self._changed:
-            self.data.update(values)
-            self._changed.notify_all()
+        self.data = {**self.data, **values}  # a new one, for whoever is reading the old one
 
 
 def end_all(children: Sequence[Child], *, patience: float = _TERMINATE_SECONDS) -> None:

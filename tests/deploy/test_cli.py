@@ -1,0 +1,49 @@
+"""The command line, without the processes it starts; tests/integration/test_launch.py runs it whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from thresher.deploy.cli import app
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("command", [[], ["launch"], ["serve"]])
+def test_help_says_what_there_is(command: list[str]) -> None:
+    """Every command explains itself."""
+    told = runner.invoke(app, [*command, "--help"])
+    assert told.exit_code == 0
+    assert "--help" in told.output
+
+
+def test_an_unknown_option_is_bad_usage() -> None:
+    """Exit code 2."""
+    assert runner.invoke(app, ["launch", "--no-such-option", "x.py"]).exit_code == 2
+
+
+@pytest.mark.parametrize("options", [["--shard", "2", "--shards", "2"], ["--workers", "0"], ["--listen", "nowhere"]])
+def test_a_shard_that_makes_no_sense_is_bad_usage(options: list[str]) -> None:
+    """Exit code 2 before anything is served."""
+    assert runner.invoke(app, ["serve", *options]).exit_code == 2
+
+
+def test_a_shard_announces_itself_as_data_and_ends_with_its_standard_input(tmp_path: Path) -> None:
+    """One JSON line on standard output says where it serves; end of input ends it well."""
+    served = subprocess.run(
+        [sys.executable, "-m", "thresher.deploy", "serve", "--metrics", "127.0.0.1:0", "--until-stdin-closes"],
+        input=b"",
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert served.returncode == 0
+    ready = json.loads(served.stdout)
+    assert ready["shard"] == 0
+    assert ready["address"].startswith("127.0.0.1:")
+    assert ready["metrics"].startswith("127.0.0.1:")

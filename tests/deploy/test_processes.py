@@ -1,0 +1,70 @@
+"""Child processes: what they print is kept, and they end when they should."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from thresher.deploy.processes import Child, end_all
+
+
+def child(tmp_path: Path, code: str) -> Child:
+    """Run Python code."""
+    return Child("it", [sys.executable, "-u", "-c", code], dict(os.environ), tmp_path / "it.log")
+
+
+def wait_for(tmp_path: Path, text: str) -> None:
+    """Wait until the child has printed something."""
+    deadline = time.monotonic() + 30
+    while text not in (tmp_path / "it.log").read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_output_is_logged_and_data_lines_are_kept(tmp_path: Path) -> None:
+    """Everything goes to the log in order, both streams; JSON objects are data, the latest value of each key counts."""
+    code = "import sys; print('{\"a\": 1}'); print('plain', file=sys.stderr); print('{not json'); print('{\"a\": 2}')"
+    it = child(tmp_path, code)
+    it.finish()
+    assert it.code == 0
+    assert it.data == {"a": 2}
+    assert it.last_lines(2) == '{not json\n{"a": 2}'
+    assert it.log.read_text(encoding="utf-8").splitlines()[1] == "plain"
+
+
+def test_endings_are_told(tmp_path: Path) -> None:
+    """An exit code by number, a signal by name."""
+    it = child(tmp_path, "raise SystemExit(3)")
+    it.finish()
+    assert it.ending() == "exit code 3"
+    it = child(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    it.finish()
+    assert it.ending() == "signal SIGKILL"
+
+
+def test_a_deaf_child_is_killed(tmp_path: Path) -> None:
+    """A child that ignores SIGTERM is killed when patience ends."""
+    it = child(
+        tmp_path, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x'); time.sleep(99)"
+    )
+    wait_for(tmp_path, "x")
+    end_all([it], patience=0.2)
+    assert it.ending() == "signal SIGKILL"
+
+
+def test_grandchildren_end_too(tmp_path: Path) -> None:
+    """What a child has started itself does not outlive it."""
+    it = child(tmp_path, "import subprocess as s; p = s.Popen(['sleep', '99']); print(p.pid, flush=True); p.wait()")
+    wait_for(tmp_path, "\n")
+    grandchild = int(it.log.read_text(encoding="utf-8"))
+    it.signal(signal.SIGKILL)
+    end_all([it])
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{grandchild}/status").exists() and time.monotonic() < deadline:
+        status = Path(f"/proc/{grandchild}/status").read_text(encoding="utf-8")
+        if "State:\tZ" in status:  # dead, and waiting for init to notice
+            break
+        time.sleep(0.01)
+    else:
+        assert not Path(f"/proc/{grandchild}").exists()

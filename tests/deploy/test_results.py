@@ -1,0 +1,145 @@
+"""What a run leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from thresher.deploy.in_process import in_process
+from thresher.deploy.results import bytes_text, merge_iterations, model_tensors, save_optimizer, summarize
+from thresher.protos.errors import ProtocolError
+from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker import Method, Session
+from thresher.worker.client import ShardClient, Snapshot
+
+
+def statistics_of(shards: int, workers: int, numel: int, steps: int, density: float) -> list[pb.StatisticsResponse]:
+    """Shards of equal size whose workers pushed alike."""
+    one = pb.WorkerStatistics(
+        steps=steps,
+        push_bytes=1000,
+        pull_bytes=3000,
+        pushed_elements=int(density * steps * numel),
+        pushable_elements=steps * numel,
+    )
+    return [pb.StatisticsResponse(version=steps, numel=numel, workers=[one] * workers) for _ in range(shards)]
+
+
+def test_a_summary_adds_up_shards_and_workers() -> None:
+    """Bytes add up, density is elements over possible elements, the ratio is dense bytes over bytes moved."""
+    one = summarize(statistics_of(2, 4, numel=100, steps=50, density=0.1), {"accuracy": 0.5, "loss": 1.0}, seconds=3.0)
+    assert (one.accuracy, one.loss, one.steps, one.seconds) == (0.5, 1.0, 50, 3.0)
+    assert (one.push_bytes, one.pull_bytes) == (8000, 24000)
+    assert one.dense_bytes == 2 * 4 * (2 * 4 * 50 * 100)
+    assert one.mean_density == pytest.approx(0.1)
+    assert one.compression_ratio == pytest.approx(one.dense_bytes / 32000)
+
+
+def test_a_summary_without_what_a_script_did_not_print() -> None:
+    """A script that prints no accuracy has none."""
+    assert summarize(statistics_of(1, 1, 10, 1, 1.0), {}, 1.0).accuracy is None
+
+
+@given(st.floats(0, 1e15))
+def test_byte_texts_are_within_half_a_per_cent(count: float) -> None:
+    """Three digits: read back, the text is the count again, roughly."""
+    number, unit = bytes_text(count).split()
+    back = float(number) * 10 ** {"B": 0, "kB": 3, "MB": 6, "GB": 9, "TB": 12}[unit]
+    assert back == pytest.approx(count, rel=0.006, abs=0.6)
+
+
+def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> None:
+    """A merged row has the sums of its parts, densities of the whole, and the slowest shard's time."""
+    common = {"version": 1, "members": 2, "contributors": [0, 1], "skipped": False}
+    common |= {"threshold": 0.1, "learning_rate": 0.5, "push_bytes": 10, "pull_bytes": 20, "residual_squared": 2.0}
+    counts = {0: (5.0, 30, 6, 5, 0.1), 1: (6.0, 10, 2, 1, 0.3)}
+    names = ("time", "numel", "pushed_elements", "update_elements", "round_seconds")
+    rows = [{**common, "shard": shard, **dict(zip(names, values, strict=True))} for shard, values in counts.items()]
+    for row in rows:
+        (tmp_path / f"{row['shard']}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    merge_iterations([tmp_path / "0.jsonl", tmp_path / "1.jsonl"], tmp_path / "all.jsonl")
+    merged = json.loads((tmp_path / "all.jsonl").read_text(encoding="utf-8"))
+    assert (merged["push_bytes"], merged["pull_bytes"], merged["numel"]) == (20, 40, 40)
+    assert (merged["push_density"], merged["update_density"]) == (8 / 80, 6 / 40)
+    assert (merged["residual_norm"], merged["round_seconds"], merged["time"]) == (2.0, 0.3, 6.0)
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen parameter, batch normalisation, half precision."""
+
+    def __init__(self) -> None:
+        """Build it."""
+        super().__init__()
+        self.embed = nn.Linear(4, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.embed.weight
+        self.low = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.frozen = nn.Parameter(torch.full((2,), 7.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Use everything."""
+        hidden: torch.Tensor = self.norm(self.embed(x))
+        total: torch.Tensor = hidden.sum() + self.out(x).square().sum() + self.low.float().sum() + self.frozen.sum()
+        return total
+
+
+def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, torch.Tensor], dict[str, object]]:
+    """Train `Tied` on one worker; return the shards' snapshots, the worker's state_dict and its optimizer's."""
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    def work(session: Session) -> None:
+        session.wrap(model, optimizer)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=generator)).backward()
+            optimizer.step()
+
+    with in_process(shards=shards, workers=1, method=Method(threshold=0.0)) as cluster:
+        cluster.run(work)
+        clients = [ShardClient(index, address, 0, 0) for index, address in enumerate(cluster.addresses)]
+        found = [client.snapshot(wait_seconds=5.0) for client in clients]
+        for client in clients:
+            client.close()
+    return found, dict(model.state_dict()), optimizer.state_dict()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_saved_model_is_the_model(shards: int) -> None:
+    """Every name of state_dict(), tied ones and buffers too, with the type and the bits that rank 0 has at the end."""
+    found, state, _ = snapshots_after(5, shards)
+    saved = model_tensors(found)
+    assert saved.keys() == state.keys()
+    for name, value in state.items():
+        assert saved[name].dtype == value.dtype
+        assert torch.equal(saved[name], value), name
+    Tied().load_state_dict(saved)
+
+
+def test_a_saved_optimizer_is_the_optimizer(tmp_path: Path) -> None:
+    """Momenta and step counts by parameter name, as the user's optimizer shows them."""
+    found, _, state = snapshots_after(5, 2)
+    save_optimizer(tmp_path / "optimizer.safetensors", found)
+    saved = load_file(tmp_path / "optimizer.safetensors")
+    shown = state["state"]
+    assert isinstance(shown, dict)
+    names = ["low", "embed.weight", "norm.weight", "norm.bias"]
+    assert {name.split("/")[0] for name in saved} == set(names)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(saved[f"low/{key}"], shown[0][key].float())
+
+
+def test_a_model_at_two_versions_is_refused() -> None:
+    """Shards that are not at one version make no model."""
+    found, _, _ = snapshots_after(1, 1)
+    later = Snapshot(found[0].version + 1, found[0].layout, found[0].optimizer, found[0].state, {})
+    with pytest.raises(ProtocolError, match="versions"):
+        model_tensors([found[0], later])
