@@ -11,7 +11,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-wheel check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,8 +22,11 @@ train: $(VENV)/.with-examples ## train on two shards and four workers, beside a 
 fashion: $(VENV)/.with-examples ## the same on Fashion-MNIST; DATA=folder names where fashion_mnist.npz is
 	$(BIN)/thresher launch $(TRAIN_OPTIONS) examples/fashion_mnist.py --data $(DATA)
 
-test: $(VENV)/.with-test ## run the tests; TEST_OPTIONS= runs the slow ones too
+test: $(VENV)/.with-test ## run the tests
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters, five thousand rounds
+	$(BIN)/python -m pytest -m slow
 
 # Away from the repository nothing but the wheel can answer `import thresher`.
 test-wheel: $(VENV)-wheel/.created ## run the tests against the wheel, installed alone, away from the repository
