@@ -47,3 +47,20 @@ def test_a_shard_announces_itself_as_data_and_ends_with_its_standard_input(tmp_p
     assert ready["shard"] == 0
     assert ready["address"].startswith("127.0.0.1:")
     assert ready["metrics"].startswith("127.0.0.1:")
+
+
+def test_a_shard_ends_well_on_sigterm_while_its_standard_input_is_open() -> None:
+    """SIGTERM drains and ends: exit code 0, and nothing fatal is said."""
+    served = subprocess.Popen(
+        [sys.executable, "-m", "thresher.deploy", "serve", "--until-stdin-closes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert served.stdout is not None
+    served.stdout.readline()  # it serves
+    served.terminate()
+    assert served.wait(timeout=30) == 0
+    _, err = served.communicate()
+    assert "Fatal" not in err

@@ -70,7 +70,7 @@ def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> 
 
 
 class Tied(nn.Module):
-    """Tied weights, a frozen parameter, batch normalisation, half precision."""
+    """Tied weights, trained and frozen ones, batch normalisation, half precision."""
 
     def __init__(self) -> None:
         """Build it."""
@@ -81,6 +81,7 @@ class Tied(nn.Module):
         self.out.weight = self.embed.weight
         self.low = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         self.frozen = nn.Parameter(torch.full((2,), 7.0), requires_grad=False)
+        self.frozen_too = self.frozen
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Use everything."""

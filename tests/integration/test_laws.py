@@ -5,7 +5,7 @@ user's own torch optimizer step on the parameters in the shapes they have.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -91,7 +91,6 @@ class Job:
     accumulate: int = 1
     workers: int = 3
     steps: int = 4
-    made: list[nn.Module] = field(default_factory=list)
 
     def models(self) -> list[nn.Module]:
         """Return one model per rank, each with weights of its own: rank 0's must win. Not for threads."""
@@ -107,7 +106,8 @@ class Job:
             generator = torch.Generator().manual_seed(1000 * step + 10 * rank + part)
             inputs = torch.randn(BATCH, FEATURES, generator=generator)
             classes = torch.randint(CLASSES, (BATCH,), generator=generator)
-            nn.functional.cross_entropy(model(inputs), classes).backward()
+            loss: Tensor = nn.functional.cross_entropy(model(inputs), classes)
+            torch.autograd.backward(loss)
         self.before_step(model)
 
 
@@ -159,7 +159,8 @@ def yardstick(job: Job, compressors: Sequence[Compressor]) -> Outcome:
             gradient = torch.cat([own.grad.view(-1) for own in model.parameters() if own.grad is not None])
             sent = feedbacks[rank].compress(gradient).densify()
             total = sent.clone() if rank == 0 else total.add_(sent)
-        for parameter, part in zip(parameters, total.div_(job.workers).split([p.numel() for p in parameters]), strict=True):
+        parts = torch.split(total.div_(job.workers), [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view(parameter.shape)
         optimizer.step()
         if scheduler is not None:
@@ -311,9 +312,7 @@ rounds = st.lists(st.lists(integers, min_size=WORKERS, max_size=WORKERS), min_si
 methods = st.one_of(
     st.sampled_from([0.0, 1.0, 3.0, 8.0, 100.0]).map(lambda threshold: Method(threshold=threshold)),
     st.sampled_from([0.1, 0.5, 1.0]).map(lambda density: Method(compressor="top-k", density=density)),
-    st.sampled_from([0.2, 0.6]).map(
-        lambda density: Method(compressor="top-k", density=density, layer_wise=True)
-    ),
+    st.sampled_from([0.2, 0.6]).map(lambda density: Method(compressor="top-k", density=density, layer_wise=True)),
     st.sampled_from([0.2, 0.6]).map(lambda density: Method(density=density)),
     st.just(Method(density=0.5, paper_rule=True)),
 )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -162,7 +163,8 @@ def _stop_or_kill(stop: asyncio.Event, number: int) -> None:
 
 
 def _wait_eof(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not through sys.stdin: a thread that waits inside its buffer would hold a lock that the interpreter's end needs.
+    while os.read(0, 4096):
         pass
     loop.call_soon_threadsafe(stop.set)
 

@@ -181,8 +181,10 @@ def model_tensors(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
         value = flat[begin : begin + spec.numel].view(spec.shape).to(getattr(torch, spec.dtype))
         for name in (spec.name, *spec.aliases):
             tensors[name] = value.clone()
-    for snapshot in snapshots:
-        tensors.update(snapshot.untrained)
+    untrained = {name: value for snapshot in snapshots for name, value in snapshot.untrained.items()}
+    for spec in layout.untrained:
+        for name in (spec.name, *spec.aliases):
+            tensors[name] = untrained[spec.name].clone()
     return tensors
 
 

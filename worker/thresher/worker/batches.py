@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def share(loader: "DataLoader[Any]", *, order_seed: int, rank: int, workers: int) -> Iterator[Any]:
+def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers: int) -> Iterator[Any]:
     """Yield one pass over rank's share of ``loader``'s data.
 
     All workers draw the same order from the loader's own sampler; worker ``rank`` takes every ``workers``-th sample,
@@ -36,24 +37,28 @@ def share(loader: "DataLoader[Any]", *, order_seed: int, rank: int, workers: int
 
     Args:
         loader: A torch loader; its data set, collate function, worker processes and other settings are kept.
-        order_seed: Equal on all workers.
+        seed: The run's; equal on all workers.
+        step: Where the pass begins; equal on all workers.
         rank: Which share.
         workers: How many shares.
     """
-    if loader.batch_size is None or isinstance(loader.dataset, IterableDataset) or not _plain_batches(loader):
-        seed_everything(order_seed)
-        yield from _dealt(iter(loader), rank, workers)
+    order_seed = keyed_seed("order", seed, step)
+    if isinstance(loader.dataset, IterableDataset):
+        yield from _dealt(loader, order_seed, rank, workers)
         return
-    seed_everything(order_seed)
-    if loader.generator is not None:
-        loader.generator.manual_seed(order_seed)
-    order = list(loader.sampler)
+    plain = loader.batch_size is None or type(loader.batch_sampler) is BatchSampler
+    source: Any = loader.sampler if plain else loader.batch_sampler
+    with _ordered(source, order_seed):
+        order = list(source)
     mine = order[: len(order) - len(order) % workers][rank::workers]
+    # The seed of the loader's worker processes is drawn now, and must not be the same on all ranks.
+    seed_everything(keyed_seed("loader", seed, rank, step))
+    batching: dict[str, Any] = {"batch_sampler": mine}
+    if plain:
+        batching = {"sampler": mine, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
     yield from DataLoader(
         loader.dataset,
-        sampler=mine,
-        batch_size=loader.batch_size,
-        drop_last=loader.drop_last,
+        **batching,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -64,11 +69,32 @@ def share(loader: "DataLoader[Any]", *, order_seed: int, rank: int, workers: int
     )
 
 
-def _plain_batches(loader: "DataLoader[Any]") -> bool:
-    return type(loader.batch_sampler) is BatchSampler
+@contextmanager
+def _ordered(sampler: object, seed: int) -> Iterator[None]:
+    """Make what a sampler draws depend on ``seed`` alone: torch's by a generator, others by the global ones."""
+    seed_everything(seed)
+    inner: Any = getattr(sampler, "sampler", sampler)  # a batch sampler usually draws from another one
+    if not hasattr(inner, "generator"):
+        yield
+        return
+    before = inner.generator
+    inner.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        inner.generator = before
 
 
-def _dealt(batches: Iterator[Any], rank: int, workers: int) -> Iterator[Any]:
-    """Yield every workers-th batch, and none of a last hand that does not reach everybody."""
-    while len(hand := list(islice(batches, workers))) == workers:
+def _dealt(batches: Iterable[Any], seed: int, rank: int, workers: int) -> Iterator[Any]:
+    """Yield every workers-th batch, and none of a last hand that does not reach everybody.
+
+    Every worker draws every batch, so they all must draw from the same randomness.
+    """
+    seed_everything(seed)
+    stream = iter(batches)
+    for number in count():
+        seed_everything(keyed_seed("hand", seed, number))
+        hand = list(islice(stream, workers))
+        if len(hand) < workers:
+            return
         yield hand[rank]

@@ -31,9 +31,12 @@ from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
 
 _logger = logging.getLogger(__name__)
 
+# A worker may come long before its shards; gRPC's own pauses between two attempts grow to minutes.
+_RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
 _CALL_SECONDS: Final = 60.0
 _NOTICE_SECONDS: Final = 5.0
 _MARGIN_SECONDS: Final = 30.0  # a shard fails a round at its own deadline and says who is missing; let it speak first
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class ShardClient:
         """Open a channel; gRPC connects in the background."""
         self.shard, self.address = shard, address
         self._rank, self._incarnation = rank, incarnation
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=(*CHANNEL_OPTIONS, *_RECONNECT_OPTIONS))
         self._stub = AggregationServiceStub(self._channel)
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[pb.ExchangeResponse | Exception] = queue.SimpleQueue()
@@ -83,17 +86,18 @@ class ShardClient:
         Raises:
             ConnectionTimeoutError: when it cannot be by then.
         """
-        ready = grpc.channel_ready_future(self._channel)
         begin = time.monotonic()
         while (left := deadline - time.monotonic()) > 0:
+            # A call, because a future of the channel leaves a thread behind that fails when the channel is closed.
             try:
-                ready.result(timeout=min(left, _NOTICE_SECONDS))
-            except grpc.FutureTimeoutError:
+                self._stub.Statistics(pb.StatisticsRequest(), timeout=min(left, _NOTICE_SECONDS), wait_for_ready=True)
+            except grpc.RpcError as error:
+                if _code(error) not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                    self._raise(error)
                 waited = time.monotonic() - begin
                 _logger.warning("worker %d has waited %.0f s for %s", self._rank, waited, self)
             else:
                 return
-        ready.cancel()
         raise ConnectionTimeoutError(
             f"worker {self._rank} could not reach {self}; start it there, or correct the address"
         )
@@ -205,9 +209,10 @@ class ShardClient:
             raise RoundFailedError(
                 f"{self} has not answered worker {self._rank} by the deadline and does not say why; look at its log"
             ) from None
-        if isinstance(item, grpc.RpcError):
-            self._raise(item)
         if isinstance(item, Exception):
+            self._inbox.put(item)  # what ended the stream ends every later wait too
+            if isinstance(item, grpc.RpcError):
+                self._raise(item)
             raise item
         return item
 
@@ -230,7 +235,7 @@ class ShardClient:
         except grpc.RpcError as error:
             self._raise(error)
 
-    def _raise(self, error: grpc.RpcError) -> NoReturn:
+    def _raise(self, error: Exception) -> NoReturn:
         """Raise a gRPC error as one of ours."""
         if not isinstance(error, grpc.Call):
             raise ProtocolError(f"{self}: {error}") from error
@@ -245,6 +250,10 @@ class ShardClient:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise ConnectionTimeoutError(f"{self} did not answer worker {self._rank} in time ({details})") from None
         raise ProtocolError(f"{self}: {error.code().name}: {details}") from None
+
+
+def _code(error: Exception) -> grpc.StatusCode | None:
+    return error.code() if isinstance(error, grpc.Call) else None
 
 
 def _messages(first: pb.ExchangeRequest, payload: bytes) -> Iterator[pb.ExchangeRequest]:

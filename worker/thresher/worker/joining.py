@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True, slots=True)
 class JoinedShard:
-    """One shard as this worker exchanges with it: the stream, the slice, and the replica that follows the shard's log."""
+    """One shard as this worker exchanges with it: the stream, the slice, the replica that follows the shard's log."""
 
     client: ShardClient
     slice: Slice

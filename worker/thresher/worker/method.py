@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Final, Literal, final, get_args
 
 from thresher.compression import Calibration, Compressor, HardThreshold, Identity, TopK, paper_threshold
 from thresher.compression.base import check_density
@@ -47,10 +47,20 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check before anything is started."""
+        _check_choice("compressor", self.compressor, get_args(CompressorName))
+        _check_choice("placement", self.placement, get_args(PlacementName))
+        _check_choice("nonfinite", self.nonfinite, get_args(NonFinite))
+        # One spelling per number, so that equal methods describe themselves equally: 1 is 1.0, and -0.0 is 0.0.
         if self.density is not None:
             check_density(self.density)
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ConfigurationError(f"threshold must be a finite number >= 0, not {self.threshold}")
+            object.__setattr__(self, "density", float(self.density))
+        if self.threshold is not None:
+            if not (math.isfinite(self.threshold) and self.threshold >= 0):
+                raise ConfigurationError(f"threshold must be a finite number >= 0, not {self.threshold}")
+            object.__setattr__(self, "threshold", float(self.threshold) + 0.0)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
         match self.compressor:
             case "hard-threshold":
                 self._check_threshold()
@@ -79,7 +89,8 @@ class Method:
                 what = f"{self.compressor} at density {density!r}{how}"
             case _:
                 what = self.compressor
-        return f"{what}, {self.placement}-placed"
+        skipping = ", non-finite gradients skipped" if self.nonfinite == "skip" else ""
+        return f"{what}, {self.placement}-placed{skipping}"
 
     def compressor_for(self, layout: Layout) -> Compressor:
         """Return the compressor of the first step."""
@@ -87,10 +98,15 @@ class Method:
             case "identity":
                 return Identity()
             case "top-k":
-                assert self.density is not None  # checked when this was made
-                return TopK(self.density, [spec.numel for spec in layout.trained] if self.layer_wise else None)
+                sizes = [spec.numel for spec in layout.trained] if self.layer_wise else None
+                return TopK(self._required_density(), sizes)
             case "hard-threshold":
                 return HardThreshold(self.fixed_threshold(layout) or 0.0)
+
+    def _required_density(self) -> float:
+        if self.density is None:
+            raise ConfigurationError(f"{self.compressor} needs a density")
+        return self.density
 
     def fixed_threshold(self, layout: Layout) -> float | None:
         """Return λ where it is known from the start; None when it is calibrated, or there is none."""
@@ -107,3 +123,8 @@ class Method:
     def placement_of(self, spec: OptimizerSpec, layout: Layout) -> Placement:
         """Return the placement. Raises OptimizerError when the optimizer cannot be placed so."""
         return GradientPlaced(spec) if self.placement == "gradient" else UpdatePlaced(spec, layout)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -5,8 +5,8 @@ from importlib.metadata import version
 from typing import final
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
-from prometheus_client.registry import Collector, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
 
 from thresher.protos.errors import ConfigurationError
 from thresher.worker.statistics import WorkerStatistics

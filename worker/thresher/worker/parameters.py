@@ -34,12 +34,11 @@ class ModelParameters:
         unknown = len(set(groups) - {id(parameter) for parameter in named.values()})
         if unknown:
             raise LayoutError(f"the optimizer holds {unknown} tensors that are not parameters of the model")
-        aliases = _aliases(model)
         self._trained = {n: p for n, p in named.items() if id(p) in groups and p.requires_grad}
-        self._frozen = {n: p for n, p in named.items() if n not in self._trained}
+        aliases = self._aliases()
         self.layout = Layout(
-            tuple(_spec(n, p, groups[id(p)], aliases.get(id(p), ())) for n, p in self._trained.items()),
-            tuple(_spec(n, t, 0, ()) for n, t in self.untrained().items()),
+            tuple(_spec(n, p, groups[id(p)], aliases.get(n, ())) for n, p in self._trained.items()),
+            tuple(_spec(n, t, 0, aliases.get(n, ())) for n, t in self.untrained().items()),
         )
         self._gradient = torch.zeros(self.layout.numel)  # [numel] float32
         # Views of it with the shapes of the parameters.
@@ -50,14 +49,9 @@ class ModelParameters:
 
     def untrained(self, *, buffers_only: bool = False) -> dict[str, Tensor]:
         """Return the tensors that go with the model but are not trained, by name: frozen parameters and buffers."""
-        trained = {id(parameter) for parameter in self._trained.values()}
-        known = dict(self._model.named_parameters()) if buffers_only else {}
-        state = self._model.state_dict(keep_vars=True)
-        return {
-            name: value.detach()
-            for name, value in state.items()
-            if isinstance(value, Tensor) and id(value) not in trained and name not in known
-        }
+        left_out = self._model.parameters() if buffers_only else self._trained.values()
+        ids = {id(parameter) for parameter in left_out}
+        return {name: value.detach() for (name, *_), value in self._named_tensors() if id(value) not in ids}
 
     def gather(self, inverse_scale: float = 1.0) -> tuple[Tensor, Presence]:
         """Return the flat gradient [numel] float32, and for each trained tensor whether it has one.
@@ -68,14 +62,9 @@ class ModelParameters:
             inverse_scale: What to multiply gradients by, for a loss scaler.
 
         Raises:
-            LayoutError: when a tensor that was frozen at wrapping has a gradient now.
+            LayoutError: when a tensor of the optimizer that was frozen at wrapping has a gradient now.
         """
-        for name, parameter in self._frozen.items():
-            if parameter.grad is not None and parameter.requires_grad:
-                raise LayoutError(
-                    f"parameter {name} has a gradient, but was frozen or missing from the optimizer when the optimizer "
-                    "was wrapped; unfreeze it and hand it to the optimizer before that"
-                )
+        self._refuse_unfrozen()
         presence = tuple(parameter.grad is not None for parameter in self._trained.values())
         for parameter, piece in zip(self._trained.values(), self._pieces, strict=True):
             if parameter.grad is None:
@@ -85,6 +74,18 @@ class ModelParameters:
         if inverse_scale != 1.0:
             self._gradient.mul_(inverse_scale)
         return self._gradient, presence
+
+    def _refuse_unfrozen(self) -> None:
+        """What the optimizer does not hold may have gradients: torch leaves it alone, and so do we."""
+        trained = {id(parameter) for parameter in self._trained.values()}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in trained:
+                    name = next((n for n, p in self._model.named_parameters() if p is parameter), "without a name")
+                    raise LayoutError(
+                        f"parameter {name} has a gradient, but was frozen or missing from the optimizer when the "
+                        "optimizer was wrapped; unfreeze it and hand it to the optimizer before that"
+                    )
 
     def check_finite(self, rank: int, step: int) -> None:
         """Look at what `gather` returned last.
@@ -118,12 +119,16 @@ class ModelParameters:
             parameter.grad = gradient
 
     def heard(self, presence: Presence, sent: SparseGradient) -> Presence:
-        """Return ``presence``, and True also for a tensor without gradient whose residual is sent now."""
+        """Return ``presence``, and True also for a tensor without gradient whose residual is sent now.
+
+        A threshold of 0 sends zeros too; they are no residual.
+        """
         if all(presence):
             return presence
         bounds = torch.searchsorted(sent.indices, torch.tensor(self.layout.offsets)).tolist()
         return tuple(
-            present or low < high for present, (low, high) in zip(presence, pairwise(bounds), strict=True)
+            present or bool(sent.values[low:high].any())
+            for present, (low, high) in zip(presence, pairwise(bounds), strict=True)
         )
 
     @torch.no_grad()
@@ -153,6 +158,18 @@ class ModelParameters:
             if name in mine:
                 mine[name].copy_(value)
 
+    def _named_tensors(self) -> list[tuple[list[str], Tensor]]:
+        """Return each tensor of the model's ``state_dict()`` once, with all its names: tied ones have several."""
+        found: dict[int, tuple[list[str], Tensor]] = {}
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor):
+                found.setdefault(id(value), ([], value))[0].append(name)
+        return list(found.values())
+
+    def _aliases(self) -> dict[str, tuple[str, ...]]:
+        """Return the further names of tied tensors, by their first."""
+        return {name: tuple(others) for (name, *others), _ in self._named_tensors() if others}
+
     def state(self, piece: Slice) -> dict[str, Tensor]:
         """Return parameters and optimizer state of one slice, as `Replica` takes them: float32 on the CPU."""
         parts: list[Tensor] = []
@@ -179,14 +196,6 @@ class ModelParameters:
             parameter = parameters[tensor]
             whole = values[0] if values[0].dim() == 0 else torch.cat(values).view(parameter.shape).to(parameter.device)
             self._optimizer.state[parameter][key] = whole
-
-
-def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return the further names of tied parameters, by identity."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {key: tuple(found[1:]) for key, found in names.items() if len(found) > 1}
 
 
 def _spec(name: str, tensor: Tensor, group: int, aliases: tuple[str, ...]) -> TensorSpec:

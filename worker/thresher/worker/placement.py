@@ -1,15 +1,17 @@
-"""Where the optimizer runs: at the shards (gradient-placed) or beside the model (update-placed). The seam of design §10."""
+"""Where the optimizer runs: at the shards (gradient-placed) or beside the model (update-placed)."""
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol, final
 
+import torch
 from torch import Tensor
 
 from thresher.protos.errors import OptimizerError
 from thresher.protos.layout import Layout
 from thresher.protos.optimizers import Hyperparameters, OptimizerSpec, Override, Subtract
+from thresher.protos.update import Presence
 
 
 class Placement(Protocol):
@@ -25,11 +27,18 @@ class Placement(Protocol):
         """The optimizer that shards and replicas run."""
         ...
 
-    def message(self, gradient: Tensor, parameters: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> Tensor:
+    def message(
+        self,
+        gradient: Tensor,
+        presence: Presence,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Hyperparameters],
+    ) -> Tensor:
         """Turn the flat gradient [numel] into what is compressed; ``gradient`` may be overwritten.
 
         Args:
             gradient: [numel] float32.
+            presence: Which trained tensors have a gradient; that of the others is zero.
             parameters: The replicas' parameters, shard by shard; together [numel].
             groups: Hyper-parameters of each parameter group, as they stand.
         """
@@ -57,11 +66,17 @@ class GradientPlaced:
         """Place ``spec`` at the shards."""
         self.shard_optimizer = spec
 
-    def message(self, gradient: Tensor, parameters: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> Tensor:
+    def message(
+        self,
+        gradient: Tensor,
+        presence: Presence,  # noqa: ARG002 - as are the next two, for the other placement
+        parameters: Sequence[Tensor],  # noqa: ARG002
+        groups: Sequence[Hyperparameters],  # noqa: ARG002
+    ) -> Tensor:
         """Return the gradient as it is."""
         return gradient
 
-    def scale(self, groups: Sequence[Hyperparameters]) -> float:
+    def scale(self, groups: Sequence[Hyperparameters]) -> float:  # noqa: ARG002 - for the other placement
         """Return 1: messages are gradients."""
         return 1.0
 
@@ -85,26 +100,22 @@ class UpdatePlaced:
 
     def __init__(self, spec: OptimizerSpec, layout: Layout) -> None:
         """Check that ``spec`` is plain SGD."""
-        stateful = [
-            f"{name}={group[name]}"
-            for group in spec.groups
-            for name in ("momentum", "dampening", "nesterov", "maximize")
-            if group.get(name)
-        ]
-        if spec.name != "SGD" or stateful:
-            what = ", ".join(stateful) or spec.name
-            raise OptimizerError(
-                f"update-placed exchange applies plain torch.optim.SGD (lr and weight_decay) at the worker, not {what}; "
-                "use plain SGD, or gradient-placed exchange, which runs your optimizer at the shards"
-            )
+        _refuse_more_than_plain_sgd(spec.name, spec.groups)
         self.shard_optimizer = OptimizerSpec(Subtract.__name__, tuple({} for _ in spec.groups))
+        self._spec = spec
         self._layout = layout
 
-    def message(self, gradient: Tensor, parameters: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> Tensor:
-        """Return γ·(g + decay·x), in place of the gradient."""
+    def message(
+        self,
+        gradient: Tensor,
+        presence: Presence,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Hyperparameters],
+    ) -> Tensor:
+        """Return γ·(g + decay·x), in place of the gradient; a tensor without gradient does not decay."""
         decays = [_number(group, "weight_decay") for group in groups]
         if any(decays):
-            self._add_decay(gradient, parameters, decays)
+            self._add_decay(gradient, presence, torch.cat(list(parameters)), decays)
         return gradient.mul_(self.scale(groups))
 
     def scale(self, groups: Sequence[Hyperparameters]) -> float:
@@ -121,19 +132,35 @@ class UpdatePlaced:
         return rates.pop()
 
     def overrides(self, groups: Sequence[Hyperparameters]) -> tuple[Override, ...]:
-        """Return nothing: the step size is inside the message."""
+        """Return nothing: the step size is inside the message.
+
+        Raises:
+            OptimizerError: when groups were added, or the optimizer is no longer plain SGD.
+        """
+        self._spec.overrides(groups)
+        _refuse_more_than_plain_sgd(self._spec.name, groups)
         return ()
 
-    def _add_decay(self, gradient: Tensor, parameters: Sequence[Tensor], decays: Sequence[float]) -> None:
-        begin = 0
-        bounds = list(zip(self._layout.trained, pairwise(self._layout.offsets), strict=True))
-        for piece in parameters:
-            end = begin + piece.numel()
-            for spec, (low, high) in bounds:
-                low, high = max(low, begin), min(high, end)
-                if low < high:
-                    gradient[low:high].add_(piece[low - begin : high - begin], alpha=decays[spec.group])
-            begin = end
+    def _add_decay(self, gradient: Tensor, presence: Presence, parameters: Tensor, decays: Sequence[float]) -> None:
+        bounds = pairwise(self._layout.offsets)
+        for spec, present, (low, high) in zip(self._layout.trained, presence, bounds, strict=True):
+            if present:
+                gradient[low:high].add_(parameters[low:high], alpha=decays[spec.group])
+
+
+def _refuse_more_than_plain_sgd(name: str, groups: Sequence[Hyperparameters]) -> None:
+    stateful = [
+        f"{option}={group[option]}"
+        for group in groups
+        for option in ("momentum", "dampening", "nesterov", "maximize")
+        if group.get(option)
+    ]
+    if name != "SGD" or stateful:
+        what = ", ".join(stateful) or name
+        raise OptimizerError(
+            f"update-placed exchange applies plain torch.optim.SGD (lr and weight_decay) at the worker, not {what}; "
+            "use plain SGD, or gradient-placed exchange, which runs your optimizer at the shards"
+        )
 
 
 def _number(group: Hyperparameters, name: str) -> float:

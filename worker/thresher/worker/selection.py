@@ -45,7 +45,7 @@ class Selection:
 
     def propose(self, sent: SparseGradient | None, scale: float) -> float | None:
         """Return rank 0's λ for the next round, after ``sent`` was selected; None for methods without one."""
-        if self._calibration is None or self._calibration.finished or sent is None:
+        if self._calibration is None or self._calibration.finished or sent is None or scale == 0.0:
             return self.threshold
         corrected = self.residual.clone()
         corrected[sent.indices] += sent.values
@@ -57,8 +57,7 @@ class Selection:
             self.threshold = threshold
 
     def _lambda(self, message: Tensor, scale: float) -> float:
-        if self.threshold is not None:
-            return self.threshold
+        if self.threshold is not None or self._density is None or scale == 0.0:
+            return self.threshold or 0.0  # at a learning rate of 0 messages are zero, and say nothing about λ
         # Nobody has proposed one yet: each worker keeps the largest of its own first gradient.
-        assert self._density is not None  # a method without a fixed threshold has one
         return quantile_threshold(message, self._density) / scale

@@ -1,4 +1,4 @@
-"""The step: gather → correct and compress → push → wait → replay → copy back. One screen of it is `Session._exchange`."""
+"""The step: gather → compress → push → wait → replay → copy back. `Session._exchange` tells it on one screen."""
 
 import atexit
 import logging
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from thresher.protos.codec import encode
 from thresher.protos.errors import NonFiniteGradientError, ProtocolError, ThresherError
 from thresher.protos.messages import overrides_to_messages
-from thresher.protos.optimizers import Hyperparameters, hyperparameters_of, spec_of
+from thresher.protos.optimizers import Hyperparameters, Override, hyperparameters_of, spec_of
 from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import check_address
@@ -71,6 +71,8 @@ class Session:
         self._shards: list[JoinedShard] = []
         self._metrics: WorkerMetrics | None = None
         self._step = 0
+        self._batch = 0  # batches taken since the last step: gradients may be accumulated over several
+        self._selection: Selection | None = None
         self._statistics = WorkerStatistics(settings.rank)
         self._hidden: list[Tensor | None] = []
         self._closed = False
@@ -92,8 +94,18 @@ class Session:
 
     @property
     def residual(self) -> Tensor:
-        """What this worker has not sent yet, [numel] float32, a view that changes with every step."""
-        return self._selection.residual
+        """What this worker has not sent yet, [numel] float32, a view that changes with every step.
+
+        Raises:
+            ProtocolError: before `wrap`.
+        """
+        return self._selecting.residual
+
+    @property
+    def _selecting(self) -> Selection:
+        if self._selection is None:
+            raise ProtocolError("this session has no model yet; wrap an optimizer first")
+        return self._selection
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Self:
         """Join the shards with this model, and have ``optimizer.step()`` exchange gradients; returns the session.
@@ -112,6 +124,8 @@ class Session:
             RegistrationError: when the rank is taken, or other workers use another optimizer or method.
             ConnectionTimeoutError: when a shard does not come up in time.
         """
+        if self._closed:
+            raise ProtocolError("this session is closed; connect anew")
         if self._shards:
             raise ProtocolError("this session has wrapped an optimizer already; use one session for one model")
         spec = spec_of(optimizer)
@@ -124,7 +138,11 @@ class Session:
         if self._settings.metrics_listen is not None:
             self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
         metrics_address = self._metrics.address if self._metrics is not None else ""
-        self._shards = join(self._settings, self._model, spec, self._placement, metrics_address)
+        try:
+            self._shards = join(self._settings, self._model, spec, self._placement, metrics_address)
+        except BaseException:
+            self._end()
+            raise
         atexit.register(self._at_exit)
         self._count(None, compress_seconds=0.0, wait_seconds=0.0)
         self._hook()
@@ -134,12 +152,20 @@ class Session:
         """Yield one pass over this worker's share of a loader's data; randomness is keyed by (seed, rank, step).
 
         All workers deal out the same shuffled order, so that a pass sees every sample once and every worker makes the
-        same number of steps.
+        same number of steps. The global generators of torch, numpy and random are seeded anew for each batch, before
+        it is fetched and before it is yielded, so that what a step draws depends neither on the steps before nor on how
+        its data were loaded. Among several batches of one step each has a key of its own.
         """
         seed = self._settings.seed
-        order_seed = keyed_seed("order", seed, self._step)
-        for batch in share(loader, order_seed=order_seed, rank=self.rank, workers=self.workers):
-            seed_everything(keyed_seed("step", seed, self.rank, self._step))
+        shared = share(loader, seed=seed, step=self._step, rank=self.rank, workers=self.workers)
+        while True:
+            seed_everything(keyed_seed("data", seed, self.rank, self._step, self._batch))
+            try:
+                batch = next(shared)
+            except StopIteration:
+                return
+            seed_everything(keyed_seed("step", seed, self.rank, self._step, self._batch))
+            self._batch += 1
             yield batch
 
     def statistics(self) -> WorkerStatistics:
@@ -192,18 +218,19 @@ class Session:
     def _exchange(self, *, skip: bool, inverse_scale: float) -> None:
         """Make one step with all shards."""
         groups = hyperparameters_of(self._optimizer)
-        scale = self._placement.scale(groups)
+        scale, overrides = self._placement.scale(groups), self._placement.overrides(groups)
         begin = time.perf_counter()
         sent, presence = (None, ()) if skip else self._select(groups, scale, inverse_scale)
+        proposal = self._selecting.propose(sent, scale) if self.rank == 0 else None
         compressed = time.perf_counter()
-        for shard, push, frame in self._pushes(sent, presence, groups, scale):
-            shard.client.push(push, frame)
+        for shard in self._shards:
+            shard.client.push(*self._push(shard, sent, presence, overrides, proposal))
         for shard in self._shards:
             update = shard.client.wait_update(shard.slice)
             shard.replica.apply(update)
-            self._selection.adopt(update.next_threshold)
+            self._selecting.adopt(update.next_threshold)
         self._model.assign([(shard.slice, shard.replica.parameters) for shard in self._shards])
-        self._step += 1
+        self._step, self._batch = self._step + 1, 0
         self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
 
     def _select(
@@ -219,28 +246,30 @@ class Session:
             _logger.warning("skipped: %s", error)
             return None, ()
         parameters = [shard.replica.parameters for shard in self._shards]
-        sent = self._selection.select(self._placement.message(gradient, parameters, groups), scale)
+        sent = self._selecting.select(self._placement.message(gradient, presence, parameters, groups), scale)
         return sent, self._model.heard(presence, sent)
 
-    def _pushes(
-        self, sent: SparseGradient | None, presence: Presence, groups: Sequence[Hyperparameters], scale: float
-    ) -> Iterator[tuple[JoinedShard, pb.Push, bytes]]:
-        """Cut what is sent into one push for each shard."""
-        overrides = overrides_to_messages(self._placement.overrides(groups))
-        proposal = self._selection.propose(sent, scale) if self.rank == 0 else None
-        for shard in self._shards:
-            residual = self.residual[shard.slice.begin : shard.slice.end]
-            push = pb.Push(
-                step=self._step,
-                version=shard.replica.version,
-                skipped=sent is None,
-                presence=pack_presence([presence[segment.tensor] for segment in shard.slice.segments if presence]),
-                overrides=overrides,
-                residual_squared=float(torch.dot(residual, residual)),
-                next_threshold=proposal,
-            )
-            frame = b"" if sent is None else encode(sent.slice(shard.slice.begin, shard.slice.end))
-            yield shard, push, frame
+    def _push(
+        self,
+        shard: JoinedShard,
+        sent: SparseGradient | None,
+        presence: Presence,
+        overrides: Sequence[Override],
+        proposal: float | None,
+    ) -> tuple[pb.Push, bytes]:
+        """Cut out of what is sent what goes to one shard: the push and its frame."""
+        piece = shard.slice
+        residual = self.residual[piece.begin : piece.end]
+        push = pb.Push(
+            step=self._step,
+            version=shard.replica.version,
+            skipped=sent is None,
+            presence=pack_presence([presence[segment.tensor] for segment in piece.segments if presence]),
+            overrides=overrides_to_messages(overrides),
+            residual_squared=float(torch.dot(residual, residual)),
+            next_threshold=proposal,
+        )
+        return push, b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
 
     def _count(self, sent: SparseGradient | None, *, compress_seconds: float, wait_seconds: float) -> None:
         then = self._statistics
@@ -255,7 +284,7 @@ class Session:
             pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
             density=sent.density if sent is not None else 0.0,
             residual_norm=float(self.residual.norm()),
-            threshold=self._selection.threshold,
+            threshold=self._selecting.threshold,
             compress_seconds=then.compress_seconds + compress_seconds,
             wait_seconds=then.wait_seconds + wait_seconds,
         )
@@ -271,7 +300,7 @@ class Session:
         optimizer.register_load_state_dict_pre_hook(self._before_load_state_dict)
         # GradScaler then calls step() even on overflow and says so, as it does for fused optimizers. An overflow on one
         # worker only must still be heard by the others.
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # noqa: SLF001 - its only switch
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -280,21 +309,21 @@ class Session:
         if self._closed:
             raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-        loss = closure() if closure is not None else None
-        overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        skip = overflow is not None and bool(overflow)
-        self._exchange(skip=skip, inverse_scale=1.0 if scale is None else 1.0 / float(scale))
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        skip, inverse_scale = _taken_from_scaler(optimizer)
+        self._exchange(skip=skip, inverse_scale=inverse_scale)
         self._hidden = self._model.hide_gradients()
         return ((optimizer, lambda: loss), {}) if closure is not None else None
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_step(self, *_: Any) -> None:
         self._model.restore_gradients(self._hidden)
         self._hidden = []
 
-    def _before_state_dict(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_state_dict(self, *_: Any) -> None:
         self._model.publish_state([shard.replica.state() for shard in self._shards])
 
-    def _before_load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def _before_load_state_dict(self, *_: Any) -> None:
         raise ProtocolError(
             "the optimizer's state lives at the shards now; load a state_dict before the optimizer is wrapped, "
             "and rank 0's seeds the shards"
@@ -311,10 +340,21 @@ class Session:
             else:
                 self.abort(f"{type(error).__name__}: {error}")
         except ThresherError as failure:
-            _logger.error("%s", failure)
+            _logger.error("%s", failure)  # noqa: TRY400 - it says all; a traceback of the exit would not help
 
     def _end(self) -> None:
         for shard in self._shards:
             shard.client.close()
         if self._metrics is not None:
             self._metrics.close()
+
+
+def _taken_from_scaler(optimizer: torch.optim.Optimizer) -> tuple[bool, float]:
+    """Return what a GradScaler left on the optimizer: is this step to be skipped, and what unscales its gradients?
+
+    Both are taken off, or the optimizer itself would use them; the scaler deletes the attributes, so they stay.
+    """
+    overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if overflow is not None:
+        optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
+    return overflow is not None and bool(overflow), 1.0 if scale is None else 1.0 / float(scale)

@@ -1,14 +1,18 @@
 """What a worker is told about its run, and the only place that reads it from the environment."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from thresher.protos.errors import ConfigurationError
 from thresher.worker.method import Method
 
+Number = TypeVar("Number", int, float)
+
 _PREFIX: Final = "THRESHER_"
+_EVERYTHING: Final = Method(threshold=0.0)
 
 
 @final
@@ -31,7 +35,7 @@ class Settings:
     rank: int
     workers: int
     seed: int = 0
-    method: Method = Method(threshold=0.0)
+    method: Method = _EVERYTHING
     connect_timeout: float = 60.0
     metrics_listen: str | None = None
     insecure: bool = False
@@ -42,6 +46,8 @@ class Settings:
             raise ConfigurationError("no shard is named; set THRESHER_SHARDS to host:port,host:port,…")
         if not 0 <= self.rank < self.workers:
             raise ConfigurationError(f"rank {self.rank} is not one of 0 … {self.workers - 1}")
+        if not (math.isfinite(self.connect_timeout) and self.connect_timeout >= 0):
+            raise ConfigurationError(f"connect timeout must be finite seconds >= 0, not {self.connect_timeout}")
 
     def environment(self) -> dict[str, str]:
         """Return the variables that `settings_from` reads: how a launcher tells a worker."""
@@ -76,38 +82,46 @@ def settings_from(environment: Mapping[str, str] = os.environ) -> Settings:
         )
     method: dict[str, Any] = {
         "compressor": found.get("COMPRESSOR", "hard-threshold"),
-        "threshold": _number(found, "THRESHOLD"),
-        "density": _number(found, "DENSITY"),
-        "paper_rule": found.get("PAPER_RULE") == "1",
-        "layer_wise": found.get("LAYER_WISE") == "1",
+        "threshold": _read(found, "THRESHOLD", float),
+        "density": _read(found, "DENSITY", float),
+        "paper_rule": _flag(found, "PAPER_RULE"),
+        "layer_wise": _flag(found, "LAYER_WISE"),
         "placement": found.get("PLACEMENT", "gradient"),
         "nonfinite": found.get("NONFINITE", "refuse"),
     }
     if (method["compressor"], method["threshold"], method["density"]) == ("hard-threshold", None, None):
         method["threshold"] = 0.0
+    timeout = _read(found, "CONNECT_TIMEOUT", float)
     return Settings(
         addresses=tuple(address for address in found["SHARDS"].split(",") if address),
-        rank=int(_required(found, "RANK")),
-        workers=int(_required(found, "WORKERS")),
-        seed=int(_number(found, "SEED") or 0),
+        rank=_required(found, "RANK"),
+        workers=_required(found, "WORKERS"),
+        seed=_read(found, "SEED", int) or 0,
         method=Method(**method),
-        connect_timeout=_number(found, "CONNECT_TIMEOUT") or 60.0,
+        connect_timeout=60.0 if timeout is None else timeout,
         metrics_listen=found.get("METRICS"),
-        insecure=found.get("INSECURE") == "1",
+        insecure=_flag(found, "INSECURE"),
     )
 
 
-def _required(found: Mapping[str, str], name: str) -> float:
-    value = _number(found, name)
+def _required(found: Mapping[str, str], name: str) -> int:
+    value = _read(found, name, int)
     if value is None:
         raise ConfigurationError(f"{_PREFIX}{name} is not set")
     return value
 
 
-def _number(found: Mapping[str, str], name: str) -> float | None:
+def _read(found: Mapping[str, str], name: str, kind: type[Number]) -> Number | None:
     if name not in found:
         return None
     try:
-        return float(found[name])
+        return kind(found[name])
     except ValueError:
-        raise ConfigurationError(f"{_PREFIX}{name} must be a number, not {found[name]!r}") from None
+        raise ConfigurationError(f"{_PREFIX}{name} must be of type {kind.__name__}, not {found[name]!r}") from None
+
+
+def _flag(found: Mapping[str, str], name: str) -> bool:
+    value = found.get(name, "0")
+    if value not in ("0", "1"):
+        raise ConfigurationError(f"{_PREFIX}{name} must be 0 or 1, not {value!r}")
+    return value == "1"

@@ -1,0 +1,288 @@
+"""Bad days: every failure ends in time, at everybody, with a message that names who and where."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from thresher.deploy.in_process import InProcess, in_process
+from thresher.protos.errors import (
+    ConnectionTimeoutError,
+    LayoutError,
+    RegistrationError,
+    RoundFailedError,
+    ThresherError,
+)
+from thresher.server.server import ServerConfig, ShardServer
+from thresher.server.shard import ShardConfig
+from thresher.worker import Method, Session, Settings, connect
+
+
+def wrapped(session: Session, **options: Any) -> torch.optim.Optimizer:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.5, **options})
+    session.wrap(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return optimizer
+
+
+def told(cluster: InProcess, work: Callable[[Session], None]) -> dict[int, str]:
+    """Run ``work`` on all ranks, and return what each rank's error said; a rank without error is left out."""
+    found: dict[int, str] = {}
+
+    def remembered(session: Session) -> None:
+        try:
+            work(session)
+        except ThresherError as error:
+            found[session.rank] = f"{type(error).__name__}: {error}"
+            raise
+
+    with pytest.raises(ThresherError):
+        cluster.run(remembered)
+    return found
+
+
+@contextmanager
+def serving(listen: str) -> Iterator[ShardServer]:
+    """Serve the one shard of a run with one worker at a given address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = ShardServer(ServerConfig(ShardConfig(0, 1, 1), listen=listen))
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+    yield server
+    asyncio.run_coroutine_threadsafe(server.stop(grace=0.5), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+# Coming together
+
+
+def test_the_worker_may_be_first() -> None:
+    """Start order is free: a worker that has already tried in vain joins the shard that comes up later."""
+    with socket.socket() as reserved, ThreadPoolExecutor(1) as pool:
+        reserved.bind(("127.0.0.1", 0))
+        reserved.listen()
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+
+        def work() -> int:
+            with connect(settings=Settings((address,), rank=0, workers=1, connect_timeout=60.0)) as session:
+                wrapped(session).step()
+                return session.step
+
+        worker = pool.submit(work)
+        attempt, _ = reserved.accept()  # the worker is trying
+        reserved.close()
+        attempt.close()
+        with serving(address):
+            assert worker.result() == 1
+
+
+def test_a_shard_that_does_not_come() -> None:
+    """The worker names the shard and its address when its time is up."""
+    with in_process(shards=1, workers=1) as cluster:
+        addresses = (*cluster.addresses, "127.0.0.1:1")
+        session = connect(settings=Settings(addresses, rank=0, workers=1, connect_timeout=0.2))
+        with pytest.raises(ConnectionTimeoutError, match=r"worker 0 could not reach shard 1 at 127\.0\.0\.1:1; start"):
+            wrapped(session)
+
+
+def test_a_worker_that_does_not_come() -> None:
+    """The first round ends at the start deadline and names it; rank 0, without whom nothing begins, likewise."""
+    with in_process(shards=1, workers=2, start_timeout=0.3) as cluster:
+        session = cluster.connect(0)
+        with pytest.raises(RoundFailedError, match="its deadline: worker 1 has never registered"):
+            wrapped(session).step()
+        with pytest.raises(RoundFailedError, match="worker 1 has never registered"):
+            session.close()  # nobody is left to be told, and it does not wait for an answer
+    with in_process(shards=1, workers=2) as cluster:
+        session = connect(settings=Settings(cluster.addresses, rank=1, workers=2, connect_timeout=0.3))
+        with pytest.raises(RoundFailedError, match="worker 0, which brings them, has not come"):
+            wrapped(session)
+
+
+def test_two_workers_with_one_rank() -> None:
+    """The second one is refused, and told who has the rank; the first goes on."""
+    with in_process(shards=2, workers=1) as cluster, cluster.connect(0) as session:
+        optimizer = wrapped(session)
+        with pytest.raises(RegistrationError, match=r"rank 0 is taken by worker 0 \(.+\), which is exchanging"):
+            wrapped(cluster.connect(0))
+        optimizer.step()
+        assert session.step == 1
+
+
+def test_another_number_of_workers() -> None:
+    """A worker of a run of another size is refused, with both sizes."""
+    with in_process(shards=1, workers=2) as cluster:
+        session = connect(settings=Settings(cluster.addresses, rank=2, workers=3))
+        with pytest.raises(RegistrationError, match="worker 2 of 3 asks to join a run of 2 workers"):
+            wrapped(session)
+
+
+def test_models_that_differ_are_shown_side_by_side() -> None:
+    """Each difference is a line: a missing tensor, another shape, another type, another group."""
+    with in_process(shards=1, workers=2) as cluster, cluster.connect(0) as session:
+        model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)})
+        session.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        other = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 2).to(torch.bfloat16)})
+        with pytest.raises(LayoutError) as caught:
+            cluster.connect(1).wrap(other, torch.optim.SGD(other.parameters(), lr=1.0))
+    text = str(caught.value)
+    assert "the model of worker 1 differs from the one that worker 0 registered" in text
+    assert "a.weight float32 [2, 2] is registered, here it is float32 [3, 2]" in text
+    assert "b.weight float32 [2, 2] is registered, here it is bfloat16 [2, 2]" in text
+    assert "b.bias bfloat16 [2] is not registered" in text
+    assert cluster.addresses[0] in text
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "text"),
+    [
+        ({"lr": 0.25}, None, "'lr': 0.25"),
+        ({"momentum": 0.5}, None, "'momentum': 0.5"),
+        ({}, Method(threshold=1.0), "hard-threshold 1.0"),
+        ({}, Method(compressor="identity"), "identity"),
+        ({}, Method(threshold=0.0, placement="update"), "update-placed"),
+    ],
+)
+def test_workers_that_disagree_from_the_start(options: dict[str, Any], method: Method | None, text: str) -> None:
+    """Another optimizer or another method is refused at registration; the message has both."""
+    with in_process(shards=1, workers=2) as cluster, cluster.connect(0) as session:
+        wrapped(session)
+        with pytest.raises(RegistrationError) as caught:
+            wrapped(cluster.connect(1, method), **options)
+    assert text in str(caught.value)
+    assert "hard-threshold 0.0, gradient-placed" in str(caught.value)
+
+
+# In the middle of a run
+
+
+def test_schedules_that_disagree() -> None:
+    """A worker whose rate differs from the others' in a step is refused; the message names both values."""
+
+    def work(session: Session) -> None:
+        optimizer = wrapped(session)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.25 / (session.rank + 1)
+        optimizer.step()
+
+    with in_process(shards=2, workers=2) as cluster:
+        found = told(cluster, work)
+    assert found.keys() == {0, 1}
+    first = [text for text in found.values() if "was REJECTED" in text]
+    assert first
+    assert all("disagree on hyper-parameters in step 1" in text for text in found.values())
+    assert all("value=0.25" in text and "value=0.125" in text for text in found.values())
+
+
+def test_a_worker_that_stops_tells_why() -> None:
+    """An exception in one worker's loop is what the others read, with its rank and step."""
+
+    def work(session: Session) -> None:
+        optimizer = wrapped(session)
+        optimizer.step()
+        if session.rank == 1:
+            session.abort("out of memory: no chance")
+            return
+        optimizer.step()
+
+    with in_process(shards=2, workers=3) as cluster:
+        found = told(cluster, work)
+        assert [shard.state for shard in cluster.statistics()] == ["failed", "failed"]
+    assert found.keys() == {0, 2}
+    for text in found.values():
+        assert "RoundFailedError: worker 1" in text
+        assert "stopped after 1 steps: out of memory: no chance" in text
+
+
+def test_a_worker_that_is_lost() -> None:
+    """When a connection breaks without a word, the others end after the lease and name it."""
+
+    def work(session: Session) -> None:
+        optimizer = wrapped(session)
+        optimizer.step()
+        if session.rank == 1:
+            for shard in session._shards:
+                shard.client.close()
+            return
+        optimizer.step()
+
+    with in_process(shards=2, workers=3, lease=0.1) as cluster:
+        found: dict[int, str] = {}
+        sessions = [cluster.connect(rank) for rank in range(3)]
+
+        def one(session: Session) -> None:
+            try:
+                work(session)
+            except RoundFailedError as error:
+                found[session.rank] = str(error)
+
+        with ThreadPoolExecutor(3) as pool:
+            for future in [pool.submit(one, session) for session in sessions]:
+                future.result()
+        for session in sessions:
+            session.abort("the test is over")
+    assert found.keys() == {0, 2}
+    assert all("worker 1" in text and "lost its connection" in text for text in found.values())
+
+
+def test_a_worker_that_is_slow() -> None:
+    """A member that is there but does not push is named at the deadline of the round, which others did not exceed."""
+    told_first = threading.Event()
+    found: dict[int, str] = {}
+
+    def work(session: Session) -> None:
+        optimizer = wrapped(session)
+        optimizer.step()
+        if session.rank == 1:
+            assert told_first.wait(timeout=60)
+            return
+        try:
+            optimizer.step()
+        except RoundFailedError as error:
+            found[session.rank] = str(error)
+        told_first.set()
+
+    # The slow one finds, when it wants to leave, that the run has failed.
+    failed = pytest.raises(RoundFailedError, match="round 1 of shard 0")
+    with in_process(shards=1, workers=2, round_timeout=0.5) as cluster, failed:
+        cluster.run(work)
+    assert "worker 1" in found[0]
+    assert "is connected but has not pushed, after 1 steps" in found[0]
+
+
+def test_a_shard_that_is_lost() -> None:
+    """The workers that wait for it name it and its address."""
+    ready, stopped = threading.Barrier(2, timeout=60), threading.Event()
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+
+    def work() -> str:
+        session = connect(settings=Settings((address,), rank=0, workers=1))
+        optimizer = wrapped(session)
+        optimizer.step()
+        ready.wait()
+        assert stopped.wait(timeout=60)
+        with pytest.raises(RoundFailedError) as caught:
+            optimizer.step()
+        session.abort("no shard")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        with serving(address):
+            worker = pool.submit(work)
+            ready.wait()
+        stopped.set()
+        assert f"worker 0 has lost shard 0 at {address}" in worker.result()

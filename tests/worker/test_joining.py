@@ -1,0 +1,100 @@
+"""Joining: all shards or none, and the same beginning for everybody."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from thresher.deploy.in_process import in_process
+from thresher.protos.errors import ConnectionTimeoutError, ProtocolError, RegistrationError
+from thresher.protos.layout import Layout, TensorSpec
+from thresher.protos.optimizers import OptimizerSpec
+from thresher.protos.replica import Replica
+from thresher.worker import Method, Settings, connect
+from thresher.worker.client import ShardClient
+from thresher.worker.joining import JoinedShard, _check_versions, _listed, join
+from thresher.worker.parameters import ModelParameters
+from thresher.worker.placement import GradientPlaced
+
+SPEC = OptimizerSpec("SGD", ({"lr": 1.0},))
+
+
+def model_parameters(model: nn.Module) -> ModelParameters:
+    return ModelParameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+def settings_of(addresses: tuple[str, ...]) -> Settings:
+    return Settings(addresses, rank=0, workers=1, method=Method(threshold=0.0), connect_timeout=5.0)
+
+
+def exchange_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shard-")]
+
+
+def test_replicas_begin_as_the_model() -> None:
+    """Each shard's replica holds the shard's slice of rank 0's parameters, at version 0."""
+    model = nn.Linear(3, 2)
+    parameters = model_parameters(model)
+    with in_process(shards=3, workers=1) as cluster:
+        joined = join(settings_of(cluster.addresses), parameters, SPEC, GradientPlaced(SPEC), "")
+        flat = torch.cat([shard.replica.parameters for shard in joined])
+        assert torch.equal(flat, torch.cat([parameter.detach().view(-1) for parameter in model.parameters()]))
+        assert [shard.slice for shard in joined] == list(parameters.layout.slices(3))
+        assert {shard.replica.version for shard in joined} == {0}
+        for shard in joined:
+            shard.client.leave(0, b"")
+            shard.client.close()
+
+
+def test_a_missing_shard_is_found_before_any_is_joined() -> None:
+    """Nobody is registered anywhere when one shard is not there, and no stream stays open."""
+    with in_process(shards=1, workers=1) as cluster:
+        settings = replace(settings_of((*cluster.addresses, "127.0.0.1:1")), connect_timeout=0.2)
+        with pytest.raises(ConnectionTimeoutError, match=r"shard 1 at 127\.0\.0\.1:1"):
+            join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
+        assert cluster.statistics()[0].members[0].state == "waited for"
+    assert not exchange_threads()
+
+
+def test_shards_in_another_order_are_refused() -> None:
+    """A worker that lists the shards differently would write to the wrong slices."""
+    with in_process(shards=2, workers=1) as cluster:
+        settings = settings_of(cluster.addresses[::-1])
+        with pytest.raises(RegistrationError, match="takes this for shard 0 of 2, it is shard 1 of 2"):
+            join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
+
+
+def test_registration_tells_who_and_where() -> None:
+    """The shard knows the worker's host, process and metrics endpoint."""
+    with in_process(shards=1, workers=1) as cluster:
+        settings = replace(settings_of(cluster.addresses), metrics_listen="127.0.0.1:0")
+        with connect(settings=settings) as session:
+            model = nn.Linear(1, 1)
+            session.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+            member = cluster.statistics()[0].members[0]
+    assert member.origin.count(":") == 1
+    assert member.metrics_address.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("versions", [(0, 1), (2, 2)])
+def test_a_run_that_has_begun_cannot_be_joined(versions: tuple[int, int]) -> None:
+    """Shards that are ahead, or of different versions, are all named with their version."""
+    layout = Layout((TensorSpec("a", (4,), "float32"),))
+    joined = [
+        JoinedShard(
+            ShardClient(shard, f"127.0.0.1:{shard + 1}", 0, 1),
+            piece,
+            Replica(piece, SPEC, {"parameters": torch.zeros(2)}, version),
+        )
+        for shard, (piece, version) in enumerate(zip(layout.slices(2), versions, strict=True))
+    ]
+    with pytest.raises(ProtocolError, match=f"shard 1 at 127.0.0.1:2 is at version {versions[1]}"):
+        _check_versions(joined)
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    """A large model does not fill the log."""
+    assert _listed(["a", "b"]) == "a, b"
+    assert _listed(list("abcdefg"), limit=5) == "a, b, c, d, e and 2 more"

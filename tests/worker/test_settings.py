@@ -1,0 +1,106 @@
+"""Settings travel through the environment without loss, and what cannot be read is named."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thresher.protos.errors import ConfigurationError
+from thresher.worker import Method, Settings
+from thresher.worker.settings import settings_from
+
+methods = st.one_of(
+    st.just(Method(compressor="identity")),
+    st.builds(Method, threshold=st.floats(0, 1e9), nonfinite=st.sampled_from(["refuse", "skip"])),
+    st.builds(Method, density=st.floats(1e-9, 1), paper_rule=st.booleans()),
+    st.builds(
+        Method,
+        compressor=st.just("top-k"),
+        density=st.floats(1e-9, 1),
+        layer_wise=st.booleans(),
+        placement=st.sampled_from(["gradient", "update"]),
+    ),
+)
+addresses = st.builds("{}:{}".format, st.sampled_from(["127.0.0.1", "[::1]", "shard-0.example"]), st.integers(0, 65535))
+
+
+@st.composite
+def every_settings(draw: st.DrawFn) -> Settings:
+    workers = draw(st.integers(1, 1000))
+    return Settings(
+        addresses=tuple(draw(st.lists(addresses, min_size=1, max_size=4))),
+        rank=draw(st.integers(0, workers - 1)),
+        workers=workers,
+        seed=draw(st.integers(-(2**70), 2**70)),
+        method=draw(methods),
+        connect_timeout=draw(st.floats(0, 1e9)),
+        metrics_listen=draw(st.none() | addresses),
+        insecure=draw(st.booleans()),
+    )
+
+
+@given(every_settings())
+def test_round_trip_through_the_environment(settings: Settings) -> None:
+    """What a launcher tells a worker is what the worker reads: settings_from(s.environment()) == s."""
+    assert settings_from(settings.environment()) == settings
+
+
+COMPLETE = Settings(("127.0.0.1:1",), rank=0, workers=2).environment()
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORKERS"])
+def test_missing_variables_are_named(name: str) -> None:
+    """A worker that is half configured says which variable it lacks."""
+    environment = {key: value for key, value in COMPLETE.items() if key != f"THRESHER_{name}"}
+    with pytest.raises(ConfigurationError, match=f"THRESHER_{name} is not set"):
+        settings_from(environment)
+
+
+def test_without_shards_the_way_to_start_is_told() -> None:
+    """A script that was started by hand says how to start it."""
+    with pytest.raises(ConfigurationError, match=r"thresher launch script\.py.*THRESHER_SHARDS"):
+        settings_from({"PATH": "/bin"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "one"),
+        ("RANK", "0.5"),
+        ("WORKERS", "nan"),
+        ("SEED", "1e400"),
+        ("THRESHOLD", "small"),
+        ("DENSITY", ""),
+        ("CONNECT_TIMEOUT", "soon"),
+        ("INSECURE", "yes"),
+        ("PAPER_RULE", "true"),
+        ("LAYER_WISE", "2"),
+    ],
+)
+def test_ill_formed_variables_are_named(name: str, value: str) -> None:
+    """Nothing is guessed: a switch is 0 or 1, a count is whole; the message has name and value."""
+    with pytest.raises(ConfigurationError, match=f"THRESHER_{name} must be .*{value}"):
+        settings_from({**COMPLETE, f"THRESHER_{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"THRESHER_SHARDS": ","}, "no shard is named"),
+        ({"THRESHER_RANK": "2"}, r"rank 2 is not one of 0 … 1"),
+        ({"THRESHER_RANK": "-1"}, r"rank -1 is not one of 0 … 1"),
+        ({"THRESHER_CONNECT_TIMEOUT": "nan"}, "connect timeout must be finite"),
+        ({"THRESHER_CONNECT_TIMEOUT": "-1"}, "connect timeout must be finite"),
+        ({"THRESHER_COMPRESSOR": "topk", "THRESHER_DENSITY": "0.5"}, "not 'topk'"),
+        ({"THRESHER_THRESHOLD": "nan"}, "not nan"),
+    ],
+)
+def test_values_out_of_range(change: dict[str, str], text: str) -> None:
+    """They are refused before anything is sent."""
+    with pytest.raises(ConfigurationError, match=text):
+        settings_from({**COMPLETE, **change})
+
+
+def test_without_a_method_everything_is_sent() -> None:
+    """The default is the hard threshold 0."""
+    bare = {"THRESHER_SHARDS": "127.0.0.1:1", "THRESHER_RANK": "0", "THRESHER_WORKERS": "1"}
+    assert settings_from(bare) == Settings(("127.0.0.1:1",), rank=0, workers=1, method=Method(threshold=0.0))
