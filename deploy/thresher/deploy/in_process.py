@@ -34,7 +34,7 @@ class InProcess:
         self.addresses = settings.addresses
 
     def connect(self, rank: int, method: Method | None = None) -> Session:
-        """Return the session of one worker, to be used from one thread; its `Session.wrap` waits for nobody."""
+        """Return the session of one worker, to be used from one thread. `Session.wrap` waits for rank 0's seed."""
         settings = replace(self._settings, rank=rank)
         return connect(settings=settings if method is None else replace(settings, method=method))
 

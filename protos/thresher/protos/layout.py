@@ -106,7 +106,9 @@ class Layout:
     @property
     def fingerprint(self) -> str:
         """Equal for equal layouts, on every machine: 16 hexadecimal digits of SHA-256."""
-        parts = [[(s.name, s.shape, s.dtype, s.group, s.aliases) for s in specs] for specs in self._kinds()]
+        parts = [
+            [(s.name, s.shape, s.dtype, s.group, s.aliases) for s in specs] for specs in (self.trained, self.untrained)
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def shard_slice(self, shard: int, shards: int) -> Slice:
@@ -140,14 +142,10 @@ class Layout:
 
     def differences(self, other: "Layout", limit: int = 8) -> list[str]:
         """Say for people what ``other`` has differently, at most ``limit`` lines; empty for an equal layout."""
-        lines: list[str] = []
-        for kind, ours, theirs in zip(("trained", "untrained"), self._kinds(), other._kinds(), strict=True):
-            lines += _differences(kind, ours, theirs)
+        lines = _differences("trained", self.trained, other.trained)
+        lines += _differences("untrained", self.untrained, other.untrained)
         hidden = len(lines) - limit
         return lines if hidden <= 0 else [*lines[:limit], f"and {hidden} more"]
-
-    def _kinds(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        return self.trained, self.untrained
 
 
 def _differences(kind: str, ours: Iterable[TensorSpec], theirs: Iterable[TensorSpec]) -> list[str]:

@@ -96,7 +96,7 @@ def _value_from_message(message: pb.Value) -> Hyperparameter:
 
 def update_to_messages(update: Update) -> list[pb.ExchangeResponse]:
     """Write an update and its frame: once, for all workers."""
-    everyone = len(update.contributors) == update.members
+    everyone = update.contributors == tuple(range(update.members))  # after a leave the members are not the first ranks
     body = pb.Update(
         version=update.version,
         members=update.members,

@@ -1,12 +1,14 @@
 """Torch's own optimizers by name and plain hyper-parameters: what shards and replicas run, never pickled."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from thresher.protos.errors import OptimizerError
 
@@ -21,7 +23,7 @@ class Subtract(torch.optim.Optimizer):
     Source: arXiv:2108.00951, Algorithm 1 (the step size is inside the message).
     """
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: ParamsT) -> None:
         """Take parameters or parameter groups as every torch optimizer does."""
         super().__init__(params, {})
 
@@ -96,7 +98,7 @@ class OptimizerSpec:
         )
 
     def checked(self, overrides: Sequence[Override]) -> tuple[Override, ...]:
-        """Return ``overrides`` when each names an existing hyper-parameter by a value of its kind.
+        """Return ``overrides`` when each names an existing hyper-parameter by a finite value of its kind.
 
         Raises:
             OptimizerError: naming the first that does not.
@@ -105,20 +107,18 @@ class OptimizerSpec:
             if one.group >= len(self.groups) or one.name not in self.groups[one.group]:
                 raise OptimizerError(f"parameter group {one.group} of {self.name} has no hyper-parameter {one.name!r}")
             registered = self.groups[one.group][one.name]
-            if type(registered) is not type(one.value):
+            if not _same_kind(registered, one.value):
                 raise OptimizerError(f"{one.name!r} of group {one.group} is {registered!r}, it cannot be {one.value!r}")
         return tuple(overrides)
 
     def build(self, parameters: Sequence[Sequence[Tensor]]) -> torch.optim.Optimizer:
         """Return a fresh torch optimizer over ``parameters``, one sequence of leaf tensors per group."""
-        cls = SUPPORTED[self.name]
-        groups = [
-            {"params": list(members), **hyper} for members, hyper in zip(parameters, self.groups, strict=True)
-        ]
+        construct: Callable[..., torch.optim.Optimizer] = SUPPORTED[self.name]  # each has other arguments
+        groups = [{"params": list(members), **hyper} for members, hyper in zip(parameters, self.groups, strict=True)]
         # Some constructors (Adagrad) read an argument once and never look into the group.
-        accepted = set(inspect.signature(cls).parameters) & set(self.groups[0])
-        construct: Callable[..., torch.optim.Optimizer] = cls
-        return construct(groups, **{name: self.groups[0][name] for name in accepted})
+        accepted = set(inspect.signature(construct).parameters) & set(self.groups[0])
+        keywords: dict[str, Any] = {name: self.groups[0][name] for name in accepted}
+        return construct(groups, **keywords)
 
     def configure(self, optimizer: torch.optim.Optimizer, overrides: Sequence[Override]) -> None:
         """Put the spec's values, as changed by ``overrides``, into the groups of an optimizer that `build` returned."""
@@ -166,3 +166,9 @@ def _plain(name: str, value: object) -> Hyperparameter:
     if isinstance(value, tuple | list) and all(isinstance(item, int | float | Tensor) for item in value):
         return tuple(float(item) for item in value)
     raise OptimizerError(f"hyper-parameter {name!r} is {value!r}; only numbers, switches and words can be sent")
+
+
+def _same_kind(registered: Hyperparameter, value: Hyperparameter) -> bool:
+    if isinstance(registered, tuple) and isinstance(value, tuple):
+        return len(registered) == len(value) and all(math.isfinite(item) for item in value)
+    return type(registered) is type(value) and not (isinstance(value, float) and not math.isfinite(value))

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from thresher.protos.errors import LayoutError, ProtocolError
+from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError
 from thresher.protos.layout import Slice
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sparse import SparseGradient
@@ -55,6 +55,7 @@ class Replica:
 
         Raises:
             ProtocolError: when it is not the next version, or does not fit the slice; nothing has changed then.
+            OptimizerError: when torch refuses the step (amsgrad switched on midway); the replica is spoilt then.
         """
         self._check(update)
         if update.mean is not None:
@@ -84,7 +85,13 @@ class Replica:
         for segment, leaf, present in zip(self._slice.segments, self._leaves, presence, strict=True):
             leaf.grad = gradient[segment.begin : segment.end] if present else None
         self._spec.configure(self._optimizer, overrides)
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch's own
+            raise OptimizerError(
+                f"{self._spec.name} cannot take the step to version {self.version + 1} with "
+                f"{list(overrides)} changed: {type(error).__name__}: {error}; set it before training begins"
+            ) from error
         for leaf in self._leaves:
             leaf.grad = None
         if not dense:  # cheaper than zeroing the whole vector
@@ -94,7 +101,7 @@ class Replica:
         leaves = {segment.tensor: leaf for segment, leaf in zip(self._slice.segments, self._leaves, strict=True)}
         for key, tensor, value in optimizer_state(state):
             leaf = leaves.get(tensor)
-            if leaf is None or (value.dim() and value.numel() != leaf.numel()):
+            if leaf is None or (value.dim() and (value.shape, value.dtype) != (leaf.shape, leaf.dtype)):
                 raise LayoutError(f"optimizer state {key} of tensor {tensor} does not fit the slice")
             self._optimizer.state[leaf][key] = value.clone()
 

@@ -44,7 +44,7 @@ def check_address(address: str, *, insecure: bool) -> None:
     >>> check_address("127.0.0.1:5000", insecure=False)
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigurationError(f"{address!r} is not an address; write host:port, such as 127.0.0.1:50051")
     if not insecure and not _is_loopback(host.strip("[]")):
         raise ConfigurationError(

@@ -36,10 +36,10 @@ class Update:
 
 
 def pack_presence(presence: Sequence[bool]) -> bytes:
-    """Return one bit per entry, least significant first; nothing when all are present, which is the common case.
+    r"""Return one bit per entry, least significant first; nothing when all are present, which is the common case.
 
     >>> pack_presence((True, True)), pack_presence((True, False, True))
-    (b'', b'\\x05')
+    (b'', b'\x05')
     """
     if all(presence):
         return b""
@@ -48,12 +48,12 @@ def pack_presence(presence: Sequence[bool]) -> bytes:
 
 
 def unpack_presence(packed: bytes, segments: int) -> Presence:
-    """Invert `pack_presence` for a slice of ``segments`` segments.
+    r"""Invert `pack_presence` for a slice of ``segments`` segments.
 
     Raises:
         ValueError: when the length does not fit.
 
-    >>> unpack_presence(b"\\x05", 3)
+    >>> unpack_presence(b"\x05", 3)
     (True, False, True)
     """
     if not packed:

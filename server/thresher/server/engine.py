@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar, final
 
-from thresher.protos.errors import ThresherError
+from thresher.protos.errors import ProtocolError, ThresherError
 from thresher.protos.update import Update
 from thresher.server import events
 from thresher.server.events import Effect, Event, IterationRow
@@ -21,6 +21,7 @@ from thresher.server.statistics import ShardStatistics
 
 MAILBOX_EVENTS: Final = 1024
 _TICK_SECONDS: Final = 0.2
+_ENDED: Final = "the shard has ended"
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Engine(Generic[E]):
         self._mailbox: queue.Queue[tuple[Event, Answer] | None] = queue.Queue(MAILBOX_EVENTS)
         self._thread = threading.Thread(target=self._run, name="shard", daemon=True)
         self._statistics = shard.statistics()
+        self._ended = False
 
     def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber[E]) -> None:
         """Begin to take events; answers and effects are delivered on ``loop``."""
@@ -93,6 +95,7 @@ class Engine(Generic[E]):
 
         Raises:
             MailboxFullError: when too many events are waiting.
+            ProtocolError: after `stop`.
             ThresherError: as the shard raised it; the event changed nothing.
         """
         answer: Answer = self._loop.create_future()
@@ -100,6 +103,8 @@ class Engine(Generic[E]):
             self._mailbox.put_nowait((event, answer))
         except queue.Full:
             raise MailboxFullError(f"{MAILBOX_EVENTS} events are waiting for this shard; try again") from None
+        if self._ended:  # looked at after the put: an event that came too late to be turned away by the thread
+            raise ProtocolError(_ENDED)
         return await answer
 
     def statistics(self) -> ShardStatistics:
@@ -112,12 +117,29 @@ class Engine(Generic[E]):
             try:
                 item = self._mailbox.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
+                pass
+            else:
+                if item is None:
+                    self._turn_away()
+                    return
+                self._take(*item)
+            if time.monotonic() >= next_tick:  # also when the mailbox is never empty: deadlines hold under load
                 next_tick = time.monotonic() + _TICK_SECONDS
-                self._perform(self._shard.handle(events.Tick(), time.monotonic()))
-                continue
-            if item is None:
-                return
-            self._take(*item)
+                self._tick()
+
+    def _turn_away(self) -> None:
+        """Answer the events that came after the end; the order of these two lines leaves none without an answer."""
+        self._ended = True
+        while not self._mailbox.empty():
+            item = self._mailbox.get()
+            if item is not None:
+                self._tell(item[1], ProtocolError(_ENDED))
+
+    def _tick(self) -> None:
+        try:
+            self._perform(self._shard.handle(events.Tick(), time.monotonic()))
+        except Exception:  # a bug: the thread must live, or every worker would wait for ever
+            _logger.exception("the shard could not handle the passing of time")
 
     def _take(self, event: Event, answer: Answer) -> None:
         try:
@@ -132,14 +154,15 @@ class Engine(Generic[E]):
             self._tell(answer, effects)
 
     def _perform(self, effects: list[Effect]) -> None:
-        """Do what the shard wants done; answers to the sender are left to the sender."""
+        """Do what the shard wants done; answers to the sender are left to the sender.
+
+        Counters are renewed first: who hears of something and then asks for them finds it counted.
+        """
+        self._statistics = self._shard.statistics()
         for effect in effects:
             match effect:
                 case events.Publish(update):
-                    encoded = self._encode(update)
-                    self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
-                    published = events.Published(update.version, encoded.wire_bytes)
-                    self._perform(self._shard.handle(published, time.monotonic()))
+                    self._publish(update)
                 case events.Record(row):
                     self._record(row)
                 case events.Notice(text):
@@ -149,7 +172,14 @@ class Engine(Generic[E]):
                     self._loop.call_soon_threadsafe(self._subscriber.fail, reason)
                 case _:
                     pass
-        self._statistics = self._shard.statistics()
+
+    def _publish(self, update: Update) -> None:
+        encoded = self._encode(update)
+        published = events.Published(update.version, encoded.wire_bytes)
+        try:
+            self._perform(self._shard.handle(published, time.monotonic()))
+        finally:  # a row that cannot be written keeps no worker waiting
+            self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
 
     def _tell(self, answer: Answer, result: list[Effect] | Exception) -> None:
         def deliver() -> None:

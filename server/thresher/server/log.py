@@ -20,13 +20,13 @@ class UpdateLog:
         """Start empty, at version 0."""
         self._cap = cap_bytes
         self._updates: deque[Update] = deque()
-        self._version = 0
+        self.version = 0
         self.bytes = 0
 
     def append(self, update: Update) -> None:
         """Take the next update and forget the oldest ones while the log is above its cap."""
         self._updates.append(update)
-        self._version = update.version
+        self.version = update.version
         self.bytes += _memory_bytes(update)
         while self.bytes > self._cap and len(self._updates) > 1:
             self._forget_oldest()
@@ -43,9 +43,9 @@ class UpdateLog:
             ProtocolError: when some of them are behind the cut; the reader takes a snapshot instead.
         """
         kept = tuple(update for update in self._updates if update.version > version)
-        if len(kept) != self._version - version:
+        if len(kept) != self.version - version:
             raise ProtocolError(
-                f"updates after version {version} are no longer in the log, which now ends at {self._version}; "
+                f"updates after version {version} are no longer in the log, which now ends at {self.version}; "
                 "take a snapshot"
             )
         return kept

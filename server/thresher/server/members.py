@@ -1,6 +1,6 @@
 """Who belongs to the run: one record per rank, as the shard sees it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import final
 
@@ -40,7 +40,6 @@ class Member:
     pull_bytes: int = 0
     pushed_elements: int = 0
     density: float = 0.0
-    verdicts: dict[str, int] = field(default_factory=dict)
 
     @property
     def takes_part(self) -> bool:
@@ -89,7 +88,7 @@ class Members:
             ProtocolError: otherwise; nothing it says is believed.
         """
         member = self.all[worker.rank] if worker.rank < len(self.all) else None
-        if member is None or (member.incarnation, member.state is MemberState.WAITED_FOR) != (worker.incarnation, False):
+        if member is None or member.state is MemberState.WAITED_FOR or member.incarnation != worker.incarnation:
             raise ProtocolError(f"worker {worker.rank} is not registered under this incarnation; register first")
         return member
 

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from thresher.server.events import IterationRow
 from thresher.server.statistics import ShardStatistics

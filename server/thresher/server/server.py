@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,9 +18,10 @@ from thresher.server.engine import Engine
 from thresher.server.events import IterationRow
 from thresher.server.iterations import IterationFile
 from thresher.server.metrics import ShardMetrics
-from thresher.server.servicer import AggregationServicer, encoded
+from thresher.server.servicer import AggregationServicer
 from thresher.server.shard import Shard, ShardConfig
 from thresher.server.statistics import ShardStatistics
+from thresher.server.stream import encoded
 from thresher.v1.aggregation_pb2 import DESCRIPTOR
 from thresher.v1.aggregation_pb2_grpc import add_AggregationServiceServicer_to_server
 
@@ -59,9 +61,13 @@ class ShardServer:
             ConfigurationError: when the address is none, or plain text would leave this machine unasked.
         """
         check_address(config.listen, insecure=config.insecure)
+        if config.metrics_listen is not None:
+            check_address(config.metrics_listen, insecure=True)  # Prometheus reads from elsewhere; it is no secret
         self._config = config
         shard = replace(config.shard, run=secrets.randbits(63))
         self._rows: list[Callable[[IterationRow], None]] = []
+        self._iterations: IterationFile | None = None
+        self._metrics_server: WSGIServer | None = None
         self._engine = Engine(Shard(shard), encoded, self._record)
         self._servicer = AggregationServicer(self._engine, shard)
         self._servicer.on_failure = self._not_serving
@@ -73,16 +79,19 @@ class ShardServer:
         """Open the ports and begin to serve; afterwards `address` and `metrics_address` are known.
 
         Raises:
-            ConfigurationError: when a port is taken.
+            ConfigurationError: when a port is taken or the per-iteration file cannot be written; nothing is left open.
         """
-        if self._config.iterations is not None:
-            self._iterations = IterationFile(self._config.iterations)
-            self._rows.append(self._iterations.write)
-        self._serve_metrics()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         add_AggregationServiceServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self.address = self._bind()
+        try:
+            self._open_iterations()
+            self._serve_metrics()
+            self.address = self._bind()  # last: gRPC keeps the port of a server that was never started
+        except ConfigurationError:
+            await self._server.stop(None)
+            await self._close_outlets()
+            raise
         self._engine.start(asyncio.get_running_loop(), self._servicer)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -92,11 +101,7 @@ class ShardServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace)
         await asyncio.to_thread(self._engine.stop)
-        if self._config.metrics_listen is not None:
-            await asyncio.to_thread(self._metrics_server.shutdown)
-            self._metrics_server.server_close()
-        if self._config.iterations is not None:
-            self._iterations.close()
+        await self._close_outlets()
 
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters; from any thread."""
@@ -105,6 +110,22 @@ class ShardServer:
     def _record(self, row: IterationRow) -> None:
         for take in self._rows:
             take(row)
+
+    def _open_iterations(self) -> None:
+        if self._config.iterations is None:
+            return
+        try:
+            self._iterations = IterationFile(self._config.iterations)
+        except OSError as error:
+            raise ConfigurationError(f"cannot write the per-iteration file: {error}") from error
+        self._rows.append(self._iterations.write)
+
+    async def _close_outlets(self) -> None:
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.shutdown)
+            self._metrics_server.server_close()
+        if self._iterations is not None:
+            self._iterations.close()
 
     def _bind(self) -> str:
         host = self._config.listen.rpartition(":")[0]
@@ -122,7 +143,7 @@ class ShardServer:
         metrics = ShardMetrics(self._engine.statistics, per_worker=self._config.per_worker_metrics)
         host, _, port = self._config.metrics_listen.rpartition(":")
         try:
-            self._metrics_server, _ = start_http_server(int(port), host, metrics.registry)
+            self._metrics_server, _ = start_http_server(int(port), host.strip("[]"), metrics.registry)
         except OSError as error:
             raise ConfigurationError(_taken("metrics endpoint", self._config.metrics_listen)) from error
         self._rows.append(metrics.observe)
@@ -133,7 +154,7 @@ class ShardServer:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus.ValueType") -> None:
+    async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
 

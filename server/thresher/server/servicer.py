@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import logging
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, NoReturn, TypeVar, final
+from urllib.parse import quote
 
 import grpc
 
@@ -30,16 +32,16 @@ from thresher.protos.messages import (
     optimizer_to_message,
     overrides_from_messages,
     payload_bound,
-    update_to_messages,
 )
 from thresher.protos.snapshots import pack_state, state_bytes_bound, unpack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import ERROR_NAME
-from thresher.protos.update import Update, unpack_presence
+from thresher.protos.update import unpack_presence
 from thresher.server import events
 from thresher.server.engine import Engine, MailboxFullError
 from thresher.server.events import Effect, Verdict, Worker
 from thresher.server.shard import ShardConfig
+from thresher.server.stream import EncodedUpdate, Stream, encoded
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceServicer
 
@@ -59,70 +61,8 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     MailboxFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _VERDICTS: Final = {verdict: pb.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in Verdict}
+_DETAILS_BYTES: Final = 6000  # of the 8 KiB that gRPC takes as metadata
 _OFF_LOOP_BYTES: Final = 1 << 16  # a larger frame is decoded on another thread, so that the loop stays responsive
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class EncodedUpdate:
-    """An update as messages: encoded once, sent to every worker."""
-
-    version: int
-    messages: list[pb.ExchangeResponse]
-
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes of all its messages."""
-        return sum(message.ByteSize() for message in self.messages)
-
-
-def encoded(update: Update) -> EncodedUpdate:
-    """Encode an update."""
-    return EncodedUpdate(update.version, update_to_messages(update))
-
-
-@final
-class Stream:
-    """What one exchange stream is about to say. Filled and emptied on the asyncio loop.
-
-    It hears of new updates from before its hello is sent to the shard until it ends, so that none falls between the
-    answer to the hello and the first update after it.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing to say."""
-        self._outbox: asyncio.Queue[pb.ExchangeResponse | ThresherError | None] = asyncio.Queue()
-        self._early: list[EncodedUpdate] | None = []  # published before the hello was answered
-
-    def greet(self, backlog: list[EncodedUpdate]) -> None:
-        """Begin with what the worker lacks, and go on with what was published since."""
-        newest = backlog[-1].version if backlog else 0
-        early, self._early = self._early or [], None
-        for update in (*backlog, *(update for update in early if update.version > newest)):
-            self.publish(update)
-
-    def publish(self, update: EncodedUpdate) -> None:
-        """Send an update."""
-        if self._early is not None:
-            self._early.append(update)
-            return
-        for message in update.messages:
-            self.say(message)
-
-    def say(self, message: pb.ExchangeResponse) -> None:
-        """Send a message after those that wait already."""
-        self._outbox.put_nowait(message)
-
-    def end(self, error: ThresherError | None = None) -> None:
-        """End the stream after the messages that wait, with an error if there is one."""
-        self._outbox.put_nowait(error)
-
-    async def __aiter__(self) -> AsyncIterator[pb.ExchangeResponse]:
-        """Yield messages until the end. Raises the error that the stream was ended with."""
-        while (item := await self._outbox.get()) is not None:
-            if isinstance(item, ThresherError):
-                raise item
-            yield item
 
 
 @final
@@ -139,7 +79,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._engine = engine
         self._config = config
         self._streams: set[Stream] = set()
-        self._registration: pb.RegisterRequest | None = None
+        self._speaking: dict[Worker, Stream] = {}  # each worker's newest stream
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
         self._seeded = asyncio.Event()
@@ -164,13 +104,11 @@ class AggregationServicer(AggregationServiceServicer):
         """Announce a worker."""
         return await _answered(self._register(request), context)
 
-    async def Seed(self, requests: AsyncIterator[pb.SeedRequest], context: Context) -> pb.SeedResponse:
+    async def Seed(self, request_iterator: AsyncIterator[pb.SeedRequest], context: Context) -> pb.SeedResponse:
         """Take the starting values."""
-        return await _answered(self._seed(requests), context)
+        return await _answered(self._seed(request_iterator), context)
 
-    async def Snapshot(
-        self, request: pb.SnapshotRequest, context: Context
-    ) -> AsyncIterator[pb.SnapshotResponse]:
+    async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotResponse]:
         """Read the shard's state."""
         state, data = await _answered(self._read_state(request.wait_seconds), context)
         for index, (_, chunk) in enumerate(chunks(data)):
@@ -183,11 +121,11 @@ class AggregationServicer(AggregationServiceServicer):
             )
 
     async def Exchange(
-        self, requests: AsyncIterator[pb.ExchangeRequest], context: Context
+        self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> AsyncIterator[pb.ExchangeResponse]:
         """Hold the conversation with one worker: a task reads, this generator writes."""
         stream = Stream()
-        reader = asyncio.create_task(self._read(requests, stream))
+        reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
             async for message in stream:
                 yield message
@@ -256,6 +194,8 @@ class AggregationServicer(AggregationServiceServicer):
         first = await anext(aiter(requests), None)
         if first is None:
             raise ProtocolError("an empty seed")
+        if self._slice is None:
+            raise ProtocolError("a seed before any registration; register first")
         payload = Payload(first.total_bytes, self._state_bound)
         complete = payload.add(first.chunk)
         async for request in requests:
@@ -286,15 +226,23 @@ class AggregationServicer(AggregationServiceServicer):
                 if worker is None:
                     worker = await self._greet(body, stream)
                     continue
+                if body.HasField("leave"):  # it may close a round, whose update is not for the one who leaves
+                    self._streams.discard(stream)
                 effects = await self._event(worker, body, payload, wire_bytes)
                 if self._answer(effects, stream):
                     return
+            raise ProtocolError("the stream ended without a leave")  # noqa: TRY301 - told as every other refusal
         except ThresherError as error:
             stream.end(error)
+        except Exception as error:
+            _logger.exception("what %s said could not be handled", worker)
+            stream.end(ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log"))
         finally:
-            # Also when this task is cancelled because the call has ended: the shard must learn that the worker is gone.
-            if worker is not None:
-                self._streams.discard(stream)
+            # Also when this task is cancelled because the call has ended: the shard must learn that the worker is gone,
+            # unless it has come back on another stream.
+            self._streams.discard(stream)
+            if worker is not None and self._speaking.get(worker) is stream:
+                del self._speaking[worker]
                 await asyncio.shield(asyncio.ensure_future(self._disconnected(worker)))
 
     async def _disconnected(self, worker: Worker) -> None:
@@ -330,6 +278,11 @@ class AggregationServicer(AggregationServiceServicer):
         self._streams.add(stream)
         effects = await self._engine.submit(events.Hello(worker, request.hello.version))
         stream.greet([encoded(update) for update in _only(effects, events.Backlog).updates])
+        earlier = self._speaking.get(worker)
+        self._speaking[worker] = stream
+        if earlier is not None:
+            self._streams.discard(earlier)
+            earlier.end(ProtocolError(f"worker {worker.rank} has opened another stream"))
         return worker
 
     async def _event(
@@ -413,5 +366,12 @@ async def _answered(answer: Awaitable[T], context: Context) -> T:
 
 async def _abort(context: Context, error: ThresherError) -> NoReturn:
     context.set_trailing_metadata(((ERROR_NAME, type(error).__name__),))
-    await context.abort(_CODES.get(type(error), grpc.StatusCode.INTERNAL), str(error))
+    await context.abort(_CODES.get(type(error), grpc.StatusCode.INTERNAL), _cut(str(error)))
     raise error  # abort never returns; this says so to the type checkers
+
+
+def _cut(text: str) -> str:
+    """Return as much of it as the details of a status can carry: gRPC quotes them, and a longer header is dropped."""
+    costs = accumulate(len(quote(character)) for character in text)
+    kept = bisect_right(list(costs), _DETAILS_BYTES)
+    return text if kept == len(text) else text[:kept] + " …"

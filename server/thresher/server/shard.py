@@ -12,16 +12,16 @@ from typing import assert_never, final
 
 from torch import Tensor
 
-from thresher.protos.errors import LayoutError, ProtocolError, RegistrationError, RoundFailedError
+from thresher.protos.errors import OptimizerError, ProtocolError, RoundFailedError
 from thresher.protos.layout import Slice
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.replica import Replica
-from thresher.protos.update import Update
 from thresher.server import events
-from thresher.server.aggregation import mean_of
+from thresher.server.aggregation import learning_rate_of, row_of, update_of
 from thresher.server.events import Effect, Event, IterationRow, Judged, Push, Verdict
 from thresher.server.log import UpdateLog
 from thresher.server.members import Member, Members, MemberState
+from thresher.server.registration import check_registration
 from thresher.server.statistics import MemberStatistics, ShardStatistics
 
 
@@ -73,7 +73,6 @@ class Shard:
         self._threshold: float | None = None  # for the round that is open
         self._open: dict[int, Push] = {}  # pushes of the open round by rank
         self._opened_at = 0.0  # when the first of them came
-        self._started_at: float | None = None  # when the first worker registered
         self._log = UpdateLog(config.log_cap_bytes)
         self._failure = ""
         self._verdicts = dict.fromkeys(Verdict, 0)
@@ -86,7 +85,7 @@ class Shard:
         """Take one event at time ``now`` (seconds, any origin, never backwards) and say what follows."""
         match event:
             case events.Register():
-                return self._register(event, now)
+                return self._register(event)
             case events.Seed():
                 return self._seed(event)
             case events.Hello():
@@ -133,7 +132,7 @@ class Shard:
             numel=self._slice.numel if self._slice else 0,
             model_numel=self._model.layout.numel if self._model else 0,
             members=members,
-            verdicts=dict(self._verdicts),
+            verdicts={str(verdict): count for verdict, count in self._verdicts.items()},
             residual_squared_total=self._residual_squared_total,
             log_bytes=self._log.bytes,
             threshold=self._threshold,
@@ -141,13 +140,19 @@ class Shard:
         )
 
     def validate(self) -> None:
-        """Check every invariant; tests call it after every event."""
+        """Check every invariant; tests call it after every event. AssertionError names the broken ones."""
         present = {member.rank for member in self._members.present}
-        assert set(self._open) <= present, "only members push"
-        assert not present or len(self._open) < len(present) or self._failure, "a full round is closed"
-        assert all(push.step == self._version for push in self._open.values()), "pushes belong to the open round"
-        assert all(member.steps <= self._version + 1 for member in self._members.all), "nobody is ahead"
-        assert (self._slice is None) == (self._model is None), "a slice comes with its model"
+        invariants = {
+            "only members push": set(self._open) <= present,
+            "a full round is closed": not present or len(self._open) < len(present) or bool(self._failure),
+            "pushes belong to the open round": all(push.step == self._version for push in self._open.values()),
+            "nobody is ahead": all(member.steps <= self._version + 1 for member in self._members.all),
+            "a slice comes with its model": (self._slice is None) == (self._model is None),
+            "the log ends at the version": self._log.version == self._version,
+        }
+        broken = [text for text, holds in invariants.items() if not holds]
+        if broken:
+            raise AssertionError("; ".join(broken))
 
     @property
     def _version(self) -> int:
@@ -164,42 +169,20 @@ class Shard:
 
     # Joining
 
-    def _register(self, request: events.Register, now: float) -> list[Effect]:
+    def _register(self, request: events.Register) -> list[Effect]:
         self._refuse_after_failure()
-        self._check_registration(request)
+        check_registration(request, self._model, self._config.shard, self._config.shards)
         piece = self._slice or request.layout.shard_slice(self._config.shard, self._config.shards)
         self._members.admit(request)
         warning = ""
         if self._model is None:
-            self._model, self._slice, self._started_at = request, piece, now
+            self._model, self._slice = request, piece
         elif request.environment != self._model.environment:
             warning = (
                 f"worker {request.worker.rank} runs on {request.environment}, the first one registered on "
                 f"{self._model.environment}: results may differ in the last bits"
             )
         return [events.Registered(self._config.run, self._version, self._replica is not None, warning)]
-
-    def _check_registration(self, request: events.Register) -> None:
-        here, there = (self._config.shard, self._config.shards), (request.shard, request.shards)
-        if here != there:
-            raise RegistrationError(
-                f"worker {request.worker.rank} takes this for shard {there[0]} of {there[1]}, it is shard {here[0]} of "
-                f"{here[1]}; give shards and workers the same list of shards in the same order"
-            )
-        if self._model is None:
-            return
-        if request.layout != self._model.layout:
-            lines = "\n  ".join(self._model.layout.differences(request.layout))
-            raise LayoutError(
-                f"the model of worker {request.worker.rank} differs from the one that "
-                f"worker {self._model.worker.rank} registered:\n  {lines}"
-            )
-        if (request.optimizer, request.method) != (self._model.optimizer, self._model.method):
-            raise RegistrationError(
-                f"worker {request.worker.rank} wants {request.optimizer.name} {list(request.optimizer.groups)} with "
-                f"{request.method}; worker {self._model.worker.rank} registered {self._model.optimizer.name} "
-                f"{list(self._model.optimizer.groups)} with {self._model.method}; use the same on all workers"
-            )
 
     def _seed(self, seed: events.Seed) -> list[Effect]:
         self._refuse_after_failure()
@@ -264,6 +247,8 @@ class Shard:
             return Judged(push.step, Verdict.REJECTED, f"{push.gradient.numel} elements pushed, not {self.slice.numel}")
         if push.gradient is not None and not bool(push.gradient.values.isfinite().all()):
             return Judged(push.step, Verdict.REJECTED, f"{member} pushed NaN or infinity in step {push.step}")
+        if push.next_threshold is not None and not push.next_threshold >= 0:  # NaN is neither
+            return Judged(push.step, Verdict.REJECTED, f"{member} proposes {push.next_threshold} as the threshold")
         if len(push.presence) != len(self.slice.segments):
             return Judged(push.step, Verdict.REJECTED, f"presence of {len(push.presence)} tensors pushed")
         return self._judge_overrides(push, member)
@@ -284,56 +269,30 @@ class Shard:
         present = self._members.present
         if not present or self._replica is None or len(self._open) < len(present):
             return []
-        update = self._combine()
+        pushes = [self._open[rank] for rank in sorted(self._open)]
+        update = update_of(pushes, len(present), self._version + 1, self._threshold)
         if update.mean is not None and not bool(update.mean.values.isfinite().all()):
             return self._fail(f"the mean of round {self._version} overflows float32; lower the learning rate or scale")
-        row = self._row(update, now)
+        row = row_of(
+            update,
+            pushes,
+            shard=self._config.shard,
+            numel=self.slice.numel,
+            threshold=self._threshold,
+            learning_rate=learning_rate_of(self._spec, update.overrides),
+            round_seconds=now - self._opened_at,
+        )
+        try:
+            self._replica.apply(update)
+        except OptimizerError as error:
+            return self._fail(str(error))
         self._log.append(update)
-        self._replica.apply(update)
         self._overrides, self._threshold = update.overrides, update.next_threshold
         self._residual_squared_total += row.residual_squared
         self._open = {}
         self._log.cut(min(member.version for member in present))
         self._unpublished = row
         return [events.Publish(update)]
-
-    def _combine(self) -> Update:
-        pushes = [self._open[rank] for rank in sorted(self._open)]
-        heard = [push for push in pushes if push.gradient is not None]
-        members = len(self._members.present)
-        presence = tuple(any(flags) for flags in zip(*(push.presence for push in heard), strict=True))
-        proposals = [push.next_threshold for push in pushes if push.next_threshold is not None]
-        return Update(
-            version=self._version + 1,
-            members=members,
-            contributors=tuple(push.worker.rank for push in heard),
-            mean=mean_of([push.gradient for push in heard if push.gradient is not None], members) if heard else None,
-            presence=presence or (True,) * len(self.slice.segments),
-            overrides=pushes[0].overrides,
-            next_threshold=proposals[0] if proposals else self._threshold,
-        )
-
-    def _row(self, update: Update, now: float) -> IterationRow:
-        pushes = self._open.values()
-        elements = sum(push.gradient.count for push in pushes if push.gradient is not None)
-        return IterationRow(
-            shard=self._config.shard,
-            numel=self.slice.numel,
-            version=update.version,
-            members=update.members,
-            contributors=update.contributors,
-            skipped=update.mean is None,
-            push_bytes=sum(push.wire_bytes for push in pushes),
-            pull_bytes=0,
-            pushed_elements=elements,
-            push_density=elements / (update.members * self.slice.numel),
-            update_elements=update.mean.count if update.mean is not None else 0,
-            update_density=update.mean.density if update.mean is not None else 0.0,
-            residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),
-            threshold=self._threshold,
-            learning_rate=_learning_rate(self._spec, update.overrides),
-            round_seconds=now - self._opened_at,
-        )
 
     def _published(self, event: events.Published) -> list[Effect]:
         row = self._unpublished
@@ -383,7 +342,9 @@ class Shard:
     def _tick(self, now: float) -> list[Effect]:
         if self._failure:
             return []
-        lost = [m for m in self._members.present if m.state is MemberState.LOST and now - m.lost_at >= self._config.lease]
+        lost = [
+            m for m in self._members.present if m.state is MemberState.LOST and now - m.lost_at >= self._config.lease
+        ]
         if lost:
             return self._fail(f"{self._where()} cannot be closed: " + "; ".join(m.whereabouts(now) for m in lost))
         if not self._open:
@@ -417,13 +378,4 @@ class Shard:
         for one in self._overrides:
             groups[one.group][one.name] = one.value
         spec = OptimizerSpec(self._spec.name, tuple(groups))
-        return events.State(
-            self._version, self._replica.state(), dict(self._untrained), self._model.layout, spec
-        )
-
-
-def _learning_rate(spec: OptimizerSpec, overrides: tuple[Override, ...]) -> float | None:
-    """Return the first group's, the one people watch."""
-    changed = [one.value for one in overrides if (one.group, one.name) == (0, "lr")]
-    value = changed[0] if changed else spec.groups[0].get("lr")
-    return value if isinstance(value, float) else None
+        return events.State(self._version, self._replica.state(), dict(self._untrained), self._model.layout, spec)

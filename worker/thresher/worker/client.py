@@ -220,7 +220,7 @@ class ShardClient:
         """Run on its own thread: a gRPC stream cannot be read with a deadline, a queue can."""
         try:
             for response in responses:
-                if not response.HasField("left"):
+                if response.WhichOneof("body") not in ("left", "result"):  # updates and their continuations
                     self.pull_bytes += response.ByteSize()
                 self._inbox.put(response)
         except grpc.RpcError as error:

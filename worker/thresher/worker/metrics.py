@@ -68,7 +68,7 @@ class WorkerMetrics(Collector):
             yield counter
         for name, text, seconds in (
             ("thresher_compress_seconds", "Correct, select and keep.", now.compress_seconds),
-            ("thresher_wait_seconds", "Waiting for updates and replaying them.", now.wait_seconds),
+            ("thresher_wait_seconds", "Framing, waiting for updates and replaying them.", now.wait_seconds),
         ):
             summary = SummaryMetricFamily(name, text, labels=["worker"])
             summary.add_metric([worker], count_value=now.steps, sum_value=seconds)

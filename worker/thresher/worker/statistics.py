@@ -22,7 +22,7 @@ class WorkerStatistics:
         residual_norm: Norm of what is kept.
         threshold: In force for the next step; None for methods without one.
         compress_seconds: Correct, select, keep.
-        wait_seconds: From the last byte handed over to the last update applied.
+        wait_seconds: The rest of each step: framing, waiting for updates, replaying them, copying parameters.
     """
 
     rank: int

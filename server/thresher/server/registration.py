@@ -1,0 +1,64 @@
+"""What a worker must agree on with this shard, and with the worker that registered first. Nothing here changes."""
+
+import torch
+
+from thresher.protos.errors import LayoutError, OptimizerError, RegistrationError
+from thresher.protos.optimizers import OptimizerSpec
+from thresher.server.events import Register
+
+
+def check_registration(request: Register, first: Register | None, shard: int, shards: int) -> None:
+    """Refuse a registration that does not fit.
+
+    Args:
+        request: What the worker says.
+        first: The registration that all others must agree with; None when this one is the first.
+        shard: Position of this shard.
+        shards: Number of shards.
+
+    Raises:
+        RegistrationError: for another shard, optimizer or method.
+        LayoutError: for another model; the difference is listed.
+        OptimizerError: for an optimizer that cannot be built for this model.
+    """
+    if (request.shard, request.shards) != (shard, shards):
+        raise RegistrationError(
+            f"worker {request.worker.rank} takes this for shard {request.shard} of {request.shards}, it is shard "
+            f"{shard} of {shards}; give shards and workers the same list of shards in the same order"
+        )
+    if first is None:
+        _check_optimizer(request)
+    else:
+        _check_agreement(request, first)
+
+
+def _check_agreement(request: Register, first: Register) -> None:
+    if request.layout != first.layout:
+        lines = "\n  ".join(first.layout.differences(request.layout))
+        raise LayoutError(
+            f"the model of worker {request.worker.rank} differs from the one that "
+            f"worker {first.worker.rank} registered:\n  {lines}"
+        )
+    if (request.optimizer, request.method) != (first.optimizer, first.method):
+        raise RegistrationError(
+            f"worker {request.worker.rank} wants {request.optimizer.name} {list(request.optimizer.groups)} with "
+            f"{request.method}; worker {first.worker.rank} registered {first.optimizer.name} "
+            f"{list(first.optimizer.groups)} with {first.method}; use the same on all workers"
+        )
+
+
+def _check_optimizer(request: Register) -> None:
+    """Step it once with each group, over nothing that matters: as it was registered it must not fail later."""
+    spec = request.optimizer
+    for tensor in request.layout.trained:
+        if tensor.group >= len(spec.groups):
+            raise OptimizerError(
+                f"tensor {tensor.name} is in parameter group {tensor.group}; the optimizer has {len(spec.groups)}"
+            )
+    for group in spec.groups:
+        leaf = torch.zeros(1)
+        leaf.grad = torch.zeros(1)
+        try:
+            OptimizerSpec(spec.name, (group,)).build([[leaf]]).step()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise OptimizerError(f"{spec.name} cannot run with {dict(group)}: {error}") from error

@@ -1,0 +1,52 @@
+"""The connection's settings: plain text stays on this machine unless somebody asked, and both sides agree on pings."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thresher.protos.errors import ConfigurationError
+from thresher.protos.transport import CHANNEL_OPTIONS, SERVER_OPTIONS, check_address
+
+LOOPBACK = ["127.0.0.1:1", "127.8.9.10:65535", "localhost:50051", "[::1]:50051", "127.0.0.1:0"]
+REMOTE = ["10.0.0.7:50051", "0.0.0.0:50051", "shard-0.example.org:50051", "[::]:50051", "[2001:db8::1]:50051"]
+NONSENSE = ["", "50051", ":50051", "localhost", "localhost:", "localhost:grpc", "localhost:-1", "localhost:65536"]
+
+
+@pytest.mark.parametrize("address", LOOPBACK)
+def test_loopback_needs_no_permission(address: str) -> None:
+    """What never leaves the machine may be plain text, and saying so changes nothing."""
+    check_address(address, insecure=False)
+    check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", REMOTE)
+def test_a_network_must_be_asked_for(address: str) -> None:
+    """Plain text beyond this machine is refused until it is typed; the message says how."""
+    with pytest.raises(ConfigurationError, match="--insecure"):
+        check_address(address, insecure=False)
+    check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", NONSENSE)
+@pytest.mark.parametrize("insecure", [False, True])
+def test_what_is_no_address_is_refused(address: str, insecure: bool) -> None:
+    """The message shows what was given and what an address looks like."""
+    with pytest.raises(ConfigurationError, match="is not an address; write host:port"):
+        check_address(address, insecure=insecure)
+
+
+@given(st.text(max_size=20) | st.text("0123456789²٣:[]", max_size=8))
+def test_any_text_is_accepted_or_refused_by_name(address: str) -> None:
+    """No text makes anything but a configuration error; what is accepted ends in a port that a socket takes."""
+    try:
+        check_address(address, insecure=True)
+    except ConfigurationError:
+        return
+    assert 0 <= int(address.rpartition(":")[2].encode("ascii")) <= 65535
+
+
+def test_a_server_allows_the_pings_that_workers_send() -> None:
+    """A server that found the pings too frequent would close the connection of a worker that only waits."""
+    workers, server = dict(CHANNEL_OPTIONS), dict(SERVER_OPTIONS)
+    assert server["grpc.http2.min_recv_ping_interval_without_data_ms"] < workers["grpc.keepalive_time_ms"]
+    assert server["grpc.keepalive_permit_without_calls"] == workers["grpc.keepalive_permit_without_calls"] == 1

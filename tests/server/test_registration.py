@@ -1,0 +1,94 @@
+"""What a worker must agree on: each refusal says what differs, and an optimizer that cannot run never gets in."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from thresher.protos.errors import LayoutError, OptimizerError, RegistrationError
+from thresher.protos.layout import Layout, TensorSpec
+from thresher.protos.optimizers import SUPPORTED, Hyperparameters, OptimizerSpec, spec_of
+from thresher.server.events import Register, Worker
+from thresher.server.registration import check_registration
+
+LAYOUT = Layout((TensorSpec("w", (3,), "float32"), TensorSpec("b", (1,), "float32", group=1)))
+FIRST = Register(
+    Worker(0, 5), 2, 0, 2, LAYOUT, OptimizerSpec("SGD", ({"lr": 0.1}, {"lr": 0.2})), "Identity, gradient-placed"
+)
+
+
+def test_an_equal_registration_is_welcome() -> None:
+    """Also from another rank, life and machine."""
+    check_registration(FIRST, None, 0, 2)
+    check_registration(replace(FIRST, worker=Worker(1, 9), origin="b:2", environment=("x",)), FIRST, 0, 2)
+
+
+@pytest.mark.parametrize(("shard", "shards"), [(1, 2), (0, 3)])
+def test_another_place_among_the_shards_is_refused(shard: int, shards: int) -> None:
+    """Lists of shards in another order would train another slice."""
+    with pytest.raises(
+        RegistrationError, match=rf"takes this for shard 0 of 2, it is shard {shard} of {shards}.*order"
+    ):
+        check_registration(FIRST, None, shard, shards)
+
+
+def test_another_model_is_refused_with_its_difference() -> None:
+    """One line for each tensor that differs."""
+    other = replace(FIRST, worker=Worker(1, 1), layout=Layout((LAYOUT.trained[0],)))
+    with pytest.raises(LayoutError, match=r"worker 1 differs .* worker 0 registered:\n  trained tensor b"):
+        check_registration(other, FIRST, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(FIRST, optimizer=OptimizerSpec("Adam", FIRST.optimizer.groups)),
+        replace(FIRST, optimizer=OptimizerSpec("SGD", ({"lr": 0.1}, {"lr": 0.3}))),
+        replace(FIRST, method="TopK(0.1), gradient-placed"),
+    ],
+    ids=["optimizer", "hyper-parameter", "method"],
+)
+def test_another_optimizer_or_method_is_refused_with_both(other: Register) -> None:
+    """The message shows what each of the two workers wants."""
+    with pytest.raises(RegistrationError) as caught:
+        check_registration(other, FIRST, 0, 2)
+    for one in (other, FIRST):
+        assert one.method in str(caught.value)
+        assert str(list(one.optimizer.groups)) in str(caught.value)
+
+
+def test_a_tensor_of_a_group_that_does_not_exist_is_refused() -> None:
+    """It would end the shard at the seed; it is refused here, by name."""
+    with pytest.raises(OptimizerError, match="tensor b is in parameter group 1; the optimizer has 1"):
+        check_registration(replace(FIRST, optimizer=OptimizerSpec("SGD", ({"lr": 0.1},))), None, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("SGD", {"lr": "fast"}),
+        ("SGD", {"lr": -1.0}),
+        ("SGD", {"lr": 0.1, "nesterov": True}),
+        ("Adam", {"lr": 0.1, "betas": (0.9,)}),
+        ("Adam", {"lr": 0.1, "betas": 0.9}),
+        ("AdamW", {"lr": 0.1, "fused": True, "foreach": True}),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_optimizer_that_cannot_run_is_refused(name: str, group: Hyperparameters, position: int) -> None:
+    """In whichever group the impossible value is: torch's own reason is passed on, before anything is registered."""
+    good: Hyperparameters = {"lr": 0.1}
+    groups = (group, good) if position == 0 else (good, group)
+    with pytest.raises(OptimizerError, match=f"{name} cannot run with"):
+        check_registration(replace(FIRST, optimizer=OptimizerSpec(name, groups)), None, 0, 2)
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
+def test_every_supported_optimizer_is_welcome(name: str) -> None:
+    """With torch's defaults, as a worker describes them."""
+    rate: dict[str, Any] = {} if name == "Subtract" else {"lr": 0.1}
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    spec = spec_of(SUPPORTED[name]([{"params": [parameter]} for parameter in parameters], **rate))
+    check_registration(replace(FIRST, optimizer=spec), None, 0, 2)
