@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py fashion_mnist --data FOLDER
 
 Every run is seeded alike in data order and starting weights, so that within a seed only what is sent differs. Prints a
-table with mean and spread (smallest … largest), and writes every single run to the JSON file; runs that are in it already
-are not repeated, so that an interrupted series goes on.
+table with mean and spread (smallest … largest), and writes every single run to the JSON file; runs that are in it
+already are not repeated, so that an interrupted series goes on.
 """
 
 import argparse

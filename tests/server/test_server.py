@@ -52,6 +52,7 @@ async def train(channel: grpc.aio.Channel, steps: int) -> Any:
     await stub.Register(
         pb.RegisterRequest(
             workers=1, incarnation=1, shards=1, layout=layout_to_message(LAYOUT),
+            fingerprint=LAYOUT.fingerprint,
             optimizer=optimizer_to_message(optimizer), method="m",
         )
     )  # fmt: skip

@@ -50,6 +50,7 @@ def register(
         incarnation=1,
         shards=1,
         layout=layout_to_message(layout),
+        fingerprint=layout.fingerprint,
         optimizer=optimizer_to_message(optimizer),
         method="Identity",
         origin=f"host:{rank}",
@@ -196,7 +197,7 @@ def heard_refusal(talk: Conversation) -> tuple[grpc.StatusCode, ThresherError]:
 def test_a_registration_is_answered(served: Served) -> None:
     """The worker learns the run, the version, and how long a round may take; again it hears the same."""
     answer = served.stub.Register(register(0), timeout=SECONDS)
-    assert (answer.version, answer.seeded, answer.round_timeout) == (0, False, 600.0)
+    assert (answer.version, answer.seeded, answer.answer_timeout) == (0, False, 600.0)
     assert answer.run > 0
     assert served.stub.Register(register(0), timeout=SECONDS) == answer
 
@@ -212,12 +213,19 @@ MANY = OptimizerSpec("SGD", tuple({"lr": 0.1 + index, "weight_decay": 1e-4} for 
         (register(2), CODE.FAILED_PRECONDITION, "RegistrationError"),
         (pb.RegisterRequest(rank=1), CODE.FAILED_PRECONDITION, "LayoutError"),
         (
-            pb.RegisterRequest(layout=layout_to_message(LAYOUT), optimizer=pb.Optimizer(name="Lion")),
+            pb.RegisterRequest(
+                layout=layout_to_message(LAYOUT), fingerprint=LAYOUT.fingerprint, optimizer=pb.Optimizer(name="Lion")
+            ),
             CODE.INVALID_ARGUMENT,
             "OptimizerError",
         ),
+        (
+            pb.RegisterRequest(layout=layout_to_message(LAYOUT), fingerprint="another"),
+            CODE.FAILED_PRECONDITION,
+            "LayoutError",
+        ),
     ],
-    ids=["layout", "a message longer than gRPC's metadata", "rank", "empty", "optimizer"],
+    ids=["layout", "a message longer than gRPC's metadata", "rank", "empty", "optimizer", "fingerprint"],
 )
 def test_a_refused_registration_names_its_error(
     served: Served, request_: pb.RegisterRequest, code: grpc.StatusCode, name: str

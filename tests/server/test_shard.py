@@ -389,6 +389,7 @@ def test_a_run_begins() -> None:
     assert shard.statistics().state == "waiting for workers"
     assert say(shard, register(1)) == [events.Registered(run=7, version=0, seeded=False)]
     say(shard, register(0))
+    assert shard.statistics().state == "waiting for the seed"
     say(shard, seed(values=2.0))
     assert say(shard, register(1)) == [events.Registered(run=7, version=0, seeded=True)]
     for rank in (0, 1):

@@ -36,6 +36,7 @@ def registration(**changes: Any) -> pb.RegisterRequest:
         "shard": 0,
         "shards": 1,
         "layout": layout_to_message(LAYOUT),
+        "fingerprint": LAYOUT.fingerprint,
         "optimizer": optimizer_to_message(SGD),
         "method": "everything",
     }
@@ -120,10 +121,11 @@ def test_errors_of_the_shard_keep_their_kind() -> None:
         address = cluster.addresses[0]
         client = ShardClient(0, address, 0, INCARNATION)
         client.register(registration(workers=2))
+        message = registration(workers=2, rank=1, layout=layout_to_message(other), fingerprint=other.fingerprint)
         with pytest.raises(
             LayoutError, match=rf"(?s)a float32 \[3\] is registered, here it is.*\[shard 0 at {address}\]"
         ):
-            client.register(registration(workers=2, rank=1, layout=layout_to_message(other)))
+            client.register(message)
         client.close()
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dthresher/v1/aggregation.proto\x12\x0bthresher.v1\"T\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\r\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\"V\n\x06Layout\x12$\n\x07trained\x18\x01 \x03(\x0b\x32\x13.thresher.v1.Tensor\x12&\n\tuntrained\x18\x02 \x03(\x0b\x32\x13.thresher.v1.Tensor\"j\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x02 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x07numbers\x18\x04 \x01(\x0b\x32\x14.thresher.v1.NumbersH\x00\x42\x06\n\x04kind\"\x18\n\x07Numbers\x12\r\n\x05items\x18\x01 \x03(\x01\"\xa7\x01\n\x0eParameterGroup\x12I\n\x0fhyperparameters\x18\x01 \x03(\x0b\x32\x30.thresher.v1.ParameterGroup.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.thresher.v1.Value:\x02\x38\x01\"F\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x06groups\x18\x02 \x03(\x0b\x32\x1b.thresher.v1.ParameterGroup\"M\n\x0b\x45nvironment\x12\x15\n\rtorch_version\x18\x01 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\x9c\x02\n\x0fRegisterRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0e\n\x06shards\x18\x04 \x01(\r\x12\r\n\x05shard\x18\x05 \x01(\r\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.thresher.v1.Layout\x12)\n\toptimizer\x18\x07 \x01(\x0b\x32\x16.thresher.v1.Optimizer\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\x12-\n\x0b\x65nvironment\x18\x0b \x01(\x0b\x32\x18.thresher.v1.Environment\"W\n\x10RegisterResponse\x12\x0b\n\x03run\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06seeded\x18\x03 \x01(\x08\x12\x15\n\rround_timeout\x18\x04 \x01(\x01\"T\n\x0bSeedRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\" \n\x0cSeedResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\'\n\x0fSnapshotRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\"\x97\x01\n\x10SnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.thresher.v1.Layout\x12)\n\toptimizer\x18\x05 \x01(\x0b\x32\x16.thresher.v1.Optimizer\";\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"J\n\x08Override\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05value\x18\x03 \x01(\x0b\x32\x12.thresher.v1.Value\"\xbc\x01\n\x04Push\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07skipped\x18\x03 \x01(\x08\x12\x10\n\x08presence\x18\x04 \x01(\x0c\x12(\n\toverrides\x18\x05 \x03(\x0b\x32\x15.thresher.v1.Override\x12\x18\n\x10residual_squared\x18\x06 \x01(\x01\x12\x1b\n\x0enext_threshold\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_next_threshold\"=\n\x05Leave\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\npush_bytes\x18\x02 \x01(\x04\x12\x12\n\npull_bytes\x18\x03 \x01(\x04\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xd1\x01\n\x0f\x45xchangeRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.thresher.v1.HelloH\x00\x12!\n\x04push\x18\x02 \x01(\x0b\x32\x11.thresher.v1.PushH\x00\x12#\n\x05leave\x18\x03 \x01(\x0b\x32\x12.thresher.v1.LeaveH\x00\x12#\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x12.thresher.v1.AbortH\x00\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x63hunk\x18\x06 \x01(\x0c\x42\x06\n\x04\x62ody\"Q\n\nPushResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12%\n\x07verdict\x18\x02 \x01(\x0e\x32\x14.thresher.v1.Verdict\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xbd\x01\n\x06Update\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x03 \x03(\r\x12\x0f\n\x07skipped\x18\x04 \x01(\x08\x12\x10\n\x08presence\x18\x05 \x01(\x0c\x12(\n\toverrides\x18\x06 \x03(\x0b\x32\x15.thresher.v1.Override\x12\x1b\n\x0enext_threshold\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_next_threshold\"\xb5\x01\n\x10\x45xchangeResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x13.thresher.v1.UpdateH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.thresher.v1.PushResultH\x00\x12!\n\x04left\x18\x03 \x01(\x0b\x32\x11.thresher.v1.LeftH\x00\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63hunk\x18\x05 \x01(\x0c\x42\x06\n\x04\x62ody\"\x17\n\x04Left\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x13\n\x11StatisticsRequest\"\xd4\x01\n\x10WorkerStatistics\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x12\n\npush_bytes\x18\x04 \x01(\x04\x12\x12\n\npull_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fpushed_elements\x18\x06 \x01(\x04\x12\x19\n\x11pushable_elements\x18\x07 \x01(\x04\x12\x0f\n\x07\x64\x65nsity\x18\x08 \x01(\x01\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\"\xa0\x02\n\x12StatisticsResponse\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\r\n\x05numel\x18\x06 \x01(\x04\x12\x13\n\x0bmodel_numel\x18\x07 \x01(\x04\x12.\n\x07workers\x18\x08 \x03(\x0b\x32\x1d.thresher.v1.WorkerStatistics\x12\x16\n\x0eupdate_density\x18\t \x01(\x01\x12\x16\n\tthreshold\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tlog_bytes\x18\x0b \x01(\x04\x12\x15\n\rround_seconds\x18\x0c \x01(\x01\x42\x0c\n\n_threshold*z\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_APPLIED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x14\n\x10VERDICT_RETURNED\x10\x03\x12\x14\n\x10VERDICT_REJECTED\x10\x04\x32\x83\x03\n\x12\x41ggregationService\x12G\n\x08Register\x12\x1c.thresher.v1.RegisterRequest\x1a\x1d.thresher.v1.RegisterResponse\x12=\n\x04Seed\x12\x18.thresher.v1.SeedRequest\x1a\x19.thresher.v1.SeedResponse(\x01\x12I\n\x08Snapshot\x12\x1c.thresher.v1.SnapshotRequest\x1a\x1d.thresher.v1.SnapshotResponse0\x01\x12K\n\x08\x45xchange\x12\x1c.thresher.v1.ExchangeRequest\x1a\x1d.thresher.v1.ExchangeResponse(\x01\x30\x01\x12M\n\nStatistics\x12\x1e.thresher.v1.StatisticsRequest\x1a\x1f.thresher.v1.StatisticsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dthresher/v1/aggregation.proto\x12\x0bthresher.v1\"T\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\r\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\"V\n\x06Layout\x12$\n\x07trained\x18\x01 \x03(\x0b\x32\x13.thresher.v1.Tensor\x12&\n\tuntrained\x18\x02 \x03(\x0b\x32\x13.thresher.v1.Tensor\"j\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x02 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x07numbers\x18\x04 \x01(\x0b\x32\x14.thresher.v1.NumbersH\x00\x42\x06\n\x04kind\"\x18\n\x07Numbers\x12\r\n\x05items\x18\x01 \x03(\x01\"\xa7\x01\n\x0eParameterGroup\x12I\n\x0fhyperparameters\x18\x01 \x03(\x0b\x32\x30.thresher.v1.ParameterGroup.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.thresher.v1.Value:\x02\x38\x01\"F\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x06groups\x18\x02 \x03(\x0b\x32\x1b.thresher.v1.ParameterGroup\"M\n\x0b\x45nvironment\x12\x15\n\rtorch_version\x18\x01 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\xb1\x02\n\x0fRegisterRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0e\n\x06shards\x18\x04 \x01(\r\x12\r\n\x05shard\x18\x05 \x01(\r\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.thresher.v1.Layout\x12)\n\toptimizer\x18\x07 \x01(\x0b\x32\x16.thresher.v1.Optimizer\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\x12-\n\x0b\x65nvironment\x18\x0b \x01(\x0b\x32\x18.thresher.v1.Environment\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\t\"X\n\x10RegisterResponse\x12\x0b\n\x03run\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06seeded\x18\x03 \x01(\x08\x12\x16\n\x0e\x61nswer_timeout\x18\x04 \x01(\x01\"T\n\x0bSeedRequest\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\" \n\x0cSeedResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\'\n\x0fSnapshotRequest\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\"\x97\x01\n\x10SnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.thresher.v1.Layout\x12)\n\toptimizer\x18\x05 \x01(\x0b\x32\x16.thresher.v1.Optimizer\";\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"J\n\x08Override\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05value\x18\x03 \x01(\x0b\x32\x12.thresher.v1.Value\"\xbc\x01\n\x04Push\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07skipped\x18\x03 \x01(\x08\x12\x10\n\x08presence\x18\x04 \x01(\x0c\x12(\n\toverrides\x18\x05 \x03(\x0b\x32\x15.thresher.v1.Override\x12\x18\n\x10residual_squared\x18\x06 \x01(\x01\x12\x1b\n\x0enext_threshold\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_next_threshold\"=\n\x05Leave\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\npush_bytes\x18\x02 \x01(\x04\x12\x12\n\npull_bytes\x18\x03 \x01(\x04\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xd1\x01\n\x0f\x45xchangeRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.thresher.v1.HelloH\x00\x12!\n\x04push\x18\x02 \x01(\x0b\x32\x11.thresher.v1.PushH\x00\x12#\n\x05leave\x18\x03 \x01(\x0b\x32\x12.thresher.v1.LeaveH\x00\x12#\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x12.thresher.v1.AbortH\x00\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x63hunk\x18\x06 \x01(\x0c\x42\x06\n\x04\x62ody\"Q\n\nPushResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12%\n\x07verdict\x18\x02 \x01(\x0e\x32\x14.thresher.v1.Verdict\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xbd\x01\n\x06Update\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x03 \x03(\r\x12\x0f\n\x07skipped\x18\x04 \x01(\x08\x12\x10\n\x08presence\x18\x05 \x01(\x0c\x12(\n\toverrides\x18\x06 \x03(\x0b\x32\x15.thresher.v1.Override\x12\x1b\n\x0enext_threshold\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_next_threshold\"\xb5\x01\n\x10\x45xchangeResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x13.thresher.v1.UpdateH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.thresher.v1.PushResultH\x00\x12!\n\x04left\x18\x03 \x01(\x0b\x32\x11.thresher.v1.LeftH\x00\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63hunk\x18\x05 \x01(\x0c\x42\x06\n\x04\x62ody\"\x17\n\x04Left\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x13\n\x11StatisticsRequest\"\xd4\x01\n\x10WorkerStatistics\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x12\n\npush_bytes\x18\x04 \x01(\x04\x12\x12\n\npull_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fpushed_elements\x18\x06 \x01(\x04\x12\x19\n\x11pushable_elements\x18\x07 \x01(\x04\x12\x0f\n\x07\x64\x65nsity\x18\x08 \x01(\x01\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\"\xa0\x02\n\x12StatisticsResponse\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06shards\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\r\n\x05numel\x18\x06 \x01(\x04\x12\x13\n\x0bmodel_numel\x18\x07 \x01(\x04\x12.\n\x07workers\x18\x08 \x03(\x0b\x32\x1d.thresher.v1.WorkerStatistics\x12\x16\n\x0eupdate_density\x18\t \x01(\x01\x12\x16\n\tthreshold\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tlog_bytes\x18\x0b \x01(\x04\x12\x15\n\rround_seconds\x18\x0c \x01(\x01\x42\x0c\n\n_threshold*z\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_APPLIED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x14\n\x10VERDICT_RETURNED\x10\x03\x12\x14\n\x10VERDICT_REJECTED\x10\x04\x32\x83\x03\n\x12\x41ggregationService\x12G\n\x08Register\x12\x1c.thresher.v1.RegisterRequest\x1a\x1d.thresher.v1.RegisterResponse\x12=\n\x04Seed\x12\x18.thresher.v1.SeedRequest\x1a\x19.thresher.v1.SeedResponse(\x01\x12I\n\x08Snapshot\x12\x1c.thresher.v1.SnapshotRequest\x1a\x1d.thresher.v1.SnapshotResponse0\x01\x12K\n\x08\x45xchange\x12\x1c.thresher.v1.ExchangeRequest\x1a\x1d.thresher.v1.ExchangeResponse(\x01\x30\x01\x12M\n\nStatistics\x12\x1e.thresher.v1.StatisticsRequest\x1a\x1f.thresher.v1.StatisticsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMETERGROUP_HYPERPARAMETERSENTRY']._loaded_options = None
   _globals['_PARAMETERGROUP_HYPERPARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_VERDICT']._serialized_start=3005
-  _globals['_VERDICT']._serialized_end=3127
+  _globals['_VERDICT']._serialized_start=3027
+  _globals['_VERDICT']._serialized_end=3149
   _globals['_TENSOR']._serialized_start=46
   _globals['_TENSOR']._serialized_end=130
   _globals['_LAYOUT']._serialized_start=132
@@ -52,43 +52,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVIRONMENT']._serialized_start=596
   _globals['_ENVIRONMENT']._serialized_end=673
   _globals['_REGISTERREQUEST']._serialized_start=676
-  _globals['_REGISTERREQUEST']._serialized_end=960
-  _globals['_REGISTERRESPONSE']._serialized_start=962
-  _globals['_REGISTERRESPONSE']._serialized_end=1049
-  _globals['_SEEDREQUEST']._serialized_start=1051
-  _globals['_SEEDREQUEST']._serialized_end=1135
-  _globals['_SEEDRESPONSE']._serialized_start=1137
-  _globals['_SEEDRESPONSE']._serialized_end=1169
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1171
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1210
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1213
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1364
-  _globals['_HELLO']._serialized_start=1366
-  _globals['_HELLO']._serialized_end=1425
-  _globals['_OVERRIDE']._serialized_start=1427
-  _globals['_OVERRIDE']._serialized_end=1501
-  _globals['_PUSH']._serialized_start=1504
-  _globals['_PUSH']._serialized_end=1692
-  _globals['_LEAVE']._serialized_start=1694
-  _globals['_LEAVE']._serialized_end=1755
-  _globals['_ABORT']._serialized_start=1757
-  _globals['_ABORT']._serialized_end=1780
-  _globals['_EXCHANGEREQUEST']._serialized_start=1783
-  _globals['_EXCHANGEREQUEST']._serialized_end=1992
-  _globals['_PUSHRESULT']._serialized_start=1994
-  _globals['_PUSHRESULT']._serialized_end=2075
-  _globals['_UPDATE']._serialized_start=2078
-  _globals['_UPDATE']._serialized_end=2267
-  _globals['_EXCHANGERESPONSE']._serialized_start=2270
-  _globals['_EXCHANGERESPONSE']._serialized_end=2451
-  _globals['_LEFT']._serialized_start=2453
-  _globals['_LEFT']._serialized_end=2476
-  _globals['_STATISTICSREQUEST']._serialized_start=2478
-  _globals['_STATISTICSREQUEST']._serialized_end=2497
-  _globals['_WORKERSTATISTICS']._serialized_start=2500
-  _globals['_WORKERSTATISTICS']._serialized_end=2712
-  _globals['_STATISTICSRESPONSE']._serialized_start=2715
-  _globals['_STATISTICSRESPONSE']._serialized_end=3003
-  _globals['_AGGREGATIONSERVICE']._serialized_start=3130
-  _globals['_AGGREGATIONSERVICE']._serialized_end=3517
+  _globals['_REGISTERREQUEST']._serialized_end=981
+  _globals['_REGISTERRESPONSE']._serialized_start=983
+  _globals['_REGISTERRESPONSE']._serialized_end=1071
+  _globals['_SEEDREQUEST']._serialized_start=1073
+  _globals['_SEEDREQUEST']._serialized_end=1157
+  _globals['_SEEDRESPONSE']._serialized_start=1159
+  _globals['_SEEDRESPONSE']._serialized_end=1191
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1193
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1232
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1235
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1386
+  _globals['_HELLO']._serialized_start=1388
+  _globals['_HELLO']._serialized_end=1447
+  _globals['_OVERRIDE']._serialized_start=1449
+  _globals['_OVERRIDE']._serialized_end=1523
+  _globals['_PUSH']._serialized_start=1526
+  _globals['_PUSH']._serialized_end=1714
+  _globals['_LEAVE']._serialized_start=1716
+  _globals['_LEAVE']._serialized_end=1777
+  _globals['_ABORT']._serialized_start=1779
+  _globals['_ABORT']._serialized_end=1802
+  _globals['_EXCHANGEREQUEST']._serialized_start=1805
+  _globals['_EXCHANGEREQUEST']._serialized_end=2014
+  _globals['_PUSHRESULT']._serialized_start=2016
+  _globals['_PUSHRESULT']._serialized_end=2097
+  _globals['_UPDATE']._serialized_start=2100
+  _globals['_UPDATE']._serialized_end=2289
+  _globals['_EXCHANGERESPONSE']._serialized_start=2292
+  _globals['_EXCHANGERESPONSE']._serialized_end=2473
+  _globals['_LEFT']._serialized_start=2475
+  _globals['_LEFT']._serialized_end=2498
+  _globals['_STATISTICSREQUEST']._serialized_start=2500
+  _globals['_STATISTICSREQUEST']._serialized_end=2519
+  _globals['_WORKERSTATISTICS']._serialized_start=2522
+  _globals['_WORKERSTATISTICS']._serialized_end=2734
+  _globals['_STATISTICSRESPONSE']._serialized_start=2737
+  _globals['_STATISTICSRESPONSE']._serialized_end=3025
+  _globals['_AGGREGATIONSERVICE']._serialized_start=3152
+  _globals['_AGGREGATIONSERVICE']._serialized_end=3539
 # @@protoc_insertion_point(module_scope)

@@ -274,6 +274,7 @@ class RegisterRequest(google.protobuf.message.Message):
     ORIGIN_FIELD_NUMBER: builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: builtins.int
     ENVIRONMENT_FIELD_NUMBER: builtins.int
+    FINGERPRINT_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """0 <= rank < workers; one live worker per rank."""
     workers: builtins.int
@@ -290,6 +291,8 @@ class RegisterRequest(google.protobuf.message.Message):
     """For people: host name and process id."""
     metrics_address: builtins.str
     """Where this worker serves its metrics, host:port; empty if it does not."""
+    fingerprint: builtins.str
+    """Fingerprint of the layout as the worker computes it: both sides must understand the model in the same way."""
     @property
     def layout(self) -> global___Layout:
         """The worker's model."""
@@ -316,9 +319,10 @@ class RegisterRequest(google.protobuf.message.Message):
         origin: builtins.str = ...,
         metrics_address: builtins.str = ...,
         environment: global___Environment | None = ...,
+        fingerprint: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["environment", b"environment", "layout", b"layout", "optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["environment", b"environment", "incarnation", b"incarnation", "layout", b"layout", "method", b"method", "metrics_address", b"metrics_address", "optimizer", b"optimizer", "origin", b"origin", "rank", b"rank", "shard", b"shard", "shards", b"shards", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["environment", b"environment", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "layout", b"layout", "method", b"method", "metrics_address", b"metrics_address", "optimizer", b"optimizer", "origin", b"origin", "rank", b"rank", "shard", b"shard", "shards", b"shards", "workers", b"workers"]) -> None: ...
 
 global___RegisterRequest = RegisterRequest
 
@@ -331,24 +335,24 @@ class RegisterResponse(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     SEEDED_FIELD_NUMBER: builtins.int
-    ROUND_TIMEOUT_FIELD_NUMBER: builtins.int
+    ANSWER_TIMEOUT_FIELD_NUMBER: builtins.int
     run: builtins.int
     """Random number of the run; equal in everything this shard says during its life."""
     version: builtins.int
     """Number of updates the shard has applied."""
     seeded: builtins.bool
     """True when the shard has its starting values."""
-    round_timeout: builtins.float
-    """Seconds after which an open round fails when somebody is missing."""
+    answer_timeout: builtins.float
+    """Seconds after which a push is answered at the latest, if only by the reason why its round has failed."""
     def __init__(
         self,
         *,
         run: builtins.int = ...,
         version: builtins.int = ...,
         seeded: builtins.bool = ...,
-        round_timeout: builtins.float = ...,
+        answer_timeout: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answer_timeout", b"answer_timeout", "run", b"run", "seeded", b"seeded", "version", b"version"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
 
@@ -705,7 +709,7 @@ class Update(google.protobuf.message.Message):
     """Threshold for the next round; absent for methods without one."""
     @property
     def contributors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Ranks whose pushes are in the mean, ascending; empty means all members."""
+        """Ranks whose pushes are in the mean, ascending; empty means 0 … members - 1, or none where `skipped` is set."""
 
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:

@@ -165,6 +165,11 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def _register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         layout = layout_from_message(request.layout)
+        if layout.fingerprint != request.fingerprint:
+            raise LayoutError(
+                f"worker {request.rank} says its layout is {request.fingerprint or 'nameless'}, here it reads as "
+                f"{layout.fingerprint}; run the same version of Thresher on both sides"
+            )
         seen = request.environment
         effects = await self._engine.submit(
             events.Register(
@@ -187,7 +192,10 @@ class AggregationServicer(AggregationServiceServicer):
         if answer.warning:
             _logger.warning("%s", answer.warning)
         return pb.RegisterResponse(
-            run=answer.run, version=answer.version, seeded=answer.seeded, round_timeout=self._config.round_timeout
+            run=answer.run,
+            version=answer.version,
+            seeded=answer.seeded,
+            answer_timeout=max(self._config.start_timeout, self._config.round_timeout),
         )
 
     async def _seed(self, requests: AsyncIterator[pb.SeedRequest]) -> pb.SeedResponse:

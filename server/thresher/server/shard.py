@@ -163,7 +163,7 @@ class Shard:
             return "failed"
         if not self._members.present:
             return "finished"
-        if not self._members.complete:
+        if any(member.state is MemberState.WAITED_FOR for member in self._members.all):
             return "waiting for workers"
         return "training" if self._replica else "waiting for the seed"
 

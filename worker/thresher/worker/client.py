@@ -72,7 +72,7 @@ class ShardClient:
         self._stub = AggregationServiceStub(self._channel)
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[pb.ExchangeResponse | Exception] = queue.SimpleQueue()
-        self._round_timeout = _CALL_SECONDS
+        self._answer_timeout = _CALL_SECONDS
         self._reader: threading.Thread | None = None
         self.push_bytes = self.pull_bytes = self.setup_bytes = 0
 
@@ -106,7 +106,7 @@ class ShardClient:
         """Announce this worker. Raises what the shard raised (`RegistrationError`, `LayoutError`, …)."""
         with self._translated():
             response = self._stub.Register(request, timeout=_CALL_SECONDS)
-        self._round_timeout = response.round_timeout
+        self._answer_timeout = response.answer_timeout
         return response
 
     def seed(self, data: bytes) -> bool:
@@ -117,7 +117,7 @@ class ShardClient:
             for _, chunk in chunks(data)
         )
         with self._translated():
-            return self._stub.Seed(requests, timeout=self._round_timeout).accepted
+            return self._stub.Seed(requests, timeout=self._answer_timeout).accepted
 
     def snapshot(self, wait_seconds: float) -> "Snapshot":
         """Return the shard's state; waits until it is seeded.
@@ -165,7 +165,7 @@ class ShardClient:
         Raises:
             RoundFailedError: when the shard refused the push, gave the round up, or is gone.
         """
-        deadline = time.monotonic() + self._round_timeout + _MARGIN_SECONDS
+        deadline = time.monotonic() + self._answer_timeout + _MARGIN_SECONDS
         first = self._next(deadline)
         match first.WhichOneof("body"):
             case "update":

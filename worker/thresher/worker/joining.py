@@ -88,6 +88,7 @@ def _registration(
         incarnation=secrets.randbits(63) | 1,
         shards=len(settings.addresses),
         layout=layout_to_message(model.layout),
+        fingerprint=model.layout.fingerprint,
         optimizer=optimizer_to_message(placement.shard_optimizer),
         method=f"{spec.name} with {settings.method.describe()}",
         origin=f"{socket.gethostname()}:{os.getpid()}",
