@@ -26,7 +26,10 @@ def test_an_unknown_option_is_bad_usage() -> None:
     assert runner.invoke(app, ["launch", "--no-such-option", "x.py"]).exit_code == 2
 
 
-@pytest.mark.parametrize("options", [["--shard", "2", "--shards", "2"], ["--workers", "0"], ["--listen", "nowhere"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--shard", "2", "--shards", "2"], ["--workers", "0"], ["--listen", "nowhere"], ["--round-timeout", "nan"]],
+)
 def test_a_shard_that_makes_no_sense_is_bad_usage(options: list[str]) -> None:
     """Exit code 2 before anything is served."""
     assert runner.invoke(app, ["serve", *options]).exit_code == 2

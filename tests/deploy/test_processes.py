@@ -68,3 +68,13 @@ def test_grandchildren_end_too(tmp_path: Path) -> None:
         time.sleep(0.01)
     else:
         assert not Path(f"/proc/{grandchild}").exists()
+
+
+def test_a_stray_grandchild_that_holds_the_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """What a child left in a session of its own does not keep the launcher."""
+    code = "import subprocess as s; print(s.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"
+    it = child(tmp_path, code)
+    it.finish()
+    assert it.code == 0
+    os.kill(int(it.log.read_text(encoding="utf-8")), signal.SIGKILL)
+    it.finish()

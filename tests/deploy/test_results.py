@@ -40,6 +40,12 @@ def test_a_summary_adds_up_shards_and_workers() -> None:
     assert one.compression_ratio == pytest.approx(one.dense_bytes / 32000)
 
 
+def test_a_summary_takes_numbers_only() -> None:
+    """What a script prints under a name of ours is taken when it is a number."""
+    one = summarize(statistics_of(1, 1, 10, 1, 1.0), {"accuracy": "good", "loss": True}, 1.0)
+    assert (one.accuracy, one.loss) == (None, None)
+
+
 def test_a_summary_without_what_a_script_did_not_print() -> None:
     """A script that prints no accuracy has none."""
     assert summarize(statistics_of(1, 1, 10, 1, 1.0), {}, 1.0).accuracy is None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MARK = "THRESHER_TEST_MARK"
+MARK = "TEST_MARK_OF_THRESHER"  # the launcher hands no THRESHER_ variable on
 
 # A tiny training script; `EXTRA` is filled in by the tests that want something to go wrong.
 SCRIPT = """

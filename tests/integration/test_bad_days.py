@@ -23,6 +23,7 @@ from thresher.protos.errors import (
 from thresher.server.server import ServerConfig, ShardServer
 from thresher.server.shard import ShardConfig
 from thresher.worker import Method, Session, Settings, connect
+from thresher.worker.parameters import ModelParameters
 
 
 def wrapped(session: Session, **options: Any) -> torch.optim.Optimizer:
@@ -286,3 +287,73 @@ def test_a_shard_that_is_lost() -> None:
             ready.wait()
         stopped.set()
         assert f"worker 0 has lost shard 0 at {address}" in worker.result()
+
+
+def test_a_worker_that_fails_while_joining_tells_the_others() -> None:
+    """A worker that some shard refuses does not leave those waiting who have joined: they read why."""
+
+    def work(session: Session) -> None:
+        model = nn.Linear(2, 2)
+        if session.rank == 1:  # as large as the other's, so that only the layouts differ
+            model = nn.Linear(5, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        session.wrap(model, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    with in_process(shards=2, workers=2, start_timeout=60.0) as cluster:
+        found = told(cluster, work)
+    assert any(said.startswith("LayoutError") for said in found.values())
+
+
+def test_rank_0_that_fails_before_its_seed_is_not_waited_for() -> None:
+    """The others wait for rank 0's values; when it fails instead of bringing them, they are told at once, and why."""
+
+    class Broken(nn.Linear):
+        """A model whose state can be read so many times only."""
+
+        reads = 100
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            """Fail when the last read is used up."""
+            self.reads -= 1
+            if self.reads < 0:
+                raise ValueError("no such state")
+            return super().state_dict(*args, **kwargs)
+
+    probe = Broken(2, 2)
+    ModelParameters(probe, torch.optim.SGD(probe.parameters(), lr=0.1))
+    broken = Broken(2, 2)
+    broken.reads -= probe.reads  # enough to lay the model out, not to pack the seed
+
+    def one(rank: int) -> None:
+        model = broken if rank == 0 else nn.Linear(2, 2)
+        with cluster.connect(rank) as session:
+            session.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with in_process(shards=1, workers=2) as cluster, ThreadPoolExecutor(2) as pool:
+        said = [repr(future.exception(timeout=30)) for future in [pool.submit(one, rank) for rank in range(2)]]
+    assert "no such state" in said[0]
+    assert "RoundFailedError" in said[1]
+    assert "ValueError: no such state" in said[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_a_type_that_float32_cannot_stand_for_is_refused(dtype: torch.dtype) -> None:
+    """Double precision and complex parameters: refused with their name, instead of trained wrongly in silence."""
+
+    def work(session: Session) -> None:
+        model = nn.ParameterDict({"odd": nn.Parameter(torch.zeros(3, dtype=dtype))})
+        session.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with in_process(shards=1, workers=1) as cluster, pytest.raises(LayoutError, match=rf"parameter odd is {dtype}"):
+        cluster.run(work)
+
+
+def test_a_web_proxy_is_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With http_proxy set, shards are still reached directly."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with in_process(shards=1, workers=1) as cluster:
+        cluster.run(lambda session: wrapped(session).step())
+        assert cluster.statistics()[0].version == 1

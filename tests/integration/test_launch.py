@@ -35,8 +35,10 @@ def start(tmp_path: Path) -> Iterator[Starter]:
         launching.kill(launched)
 
 
-def test_a_run_leaves_result_model_rows_and_logs(start: Starter) -> None:
+def test_a_run_leaves_result_model_rows_and_logs(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder holds what the README promises, the numbers agree with each other, and no process is left."""
+    # A variable of another run must not reach this one's workers.
+    monkeypatch.setenv("THRESHER_PAPER_RULE", "1")
     launched = start("--shards", "2", "--workers", "2", "--density", "0.05", "--baseline", "--json", "--seed", "3")
     code, out, err = launched.finish(150)
     assert code == 0, err
@@ -212,6 +214,13 @@ def test_a_run_is_never_overwritten(start: Starter, tmp_path: Path) -> None:
     assert code == 2
     assert "exists already" in err
     assert [path.name for path in old.iterdir()] == ["result.json"]
+
+
+def test_a_run_cannot_be_called_latest(start: Starter) -> None:
+    """The name of the link to the newest run is taken."""
+    code, _, err = start("--density", "0.1", "--name", "latest").finish()
+    assert code == 2
+    assert "cannot be called 'latest'" in err
 
 
 def test_more_shards_than_parameters(start: Starter, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "Adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.1),
     "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.9, centered=True),
     "two groups": two_groups,
+    "SGD-foreach": lambda model: torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, foreach=True),
 }
 
 

@@ -73,14 +73,6 @@ def test_every_element_is_in_one_segment_of_one_slice(layout: Layout, data: st.D
     assert covered == expected
 
 
-@given(layouts(), st.data())
-def test_tensor_at_names_the_owner(layout: Layout, data: st.DataObject) -> None:
-    """An element of the flat vector belongs to the tensor whose offsets enclose it; empty tensors own none."""
-    index = data.draw(st.integers(0, layout.numel - 1))
-    position = [spec.name for spec in layout.trained].index(layout.tensor_at(index))
-    assert layout.offsets[position] <= index < layout.offsets[position + 1]
-
-
 @given(layouts(), layouts())
 def test_fingerprint_and_differences_agree_with_equality(one: Layout, other: Layout) -> None:
     """Fingerprints are equal, and no difference is listed, exactly when the layouts are equal."""

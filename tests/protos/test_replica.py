@@ -20,6 +20,7 @@ from thresher.protos.update import Update
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1},
     "SGD momentum": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "SGD foreach": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True},
     "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
     "AdamW": {"lr": 0.01, "weight_decay": 0.1},
     "Adagrad": {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.1},

@@ -94,3 +94,11 @@ def test_the_bound_grows_with_the_model_only() -> None:
     """What may be announced is proportional to the model: a few times its size, not more."""
     layout = Layout((TensorSpec("w", (1000,), "float32"),))
     assert state_bytes_bound(layout, 1000) < 20 * 4 * 1000
+
+
+def test_tensors_that_share_memory_are_written() -> None:
+    """Buffers may be views of one another; each is written whole."""
+    base = torch.arange(4.0)
+    _, untrained = unpack_state(pack_state({}, {"all": base, "half": base[:2]}))
+    assert untrained["all"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert untrained["half"].tolist() == [0.0, 1.0]

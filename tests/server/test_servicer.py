@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -480,6 +481,18 @@ def test_a_broken_stream_fails_the_run_after_its_lease() -> None:
             served.stub.Register(register(0), timeout=SECONDS)
         assert refusal(caught.value)[0] is CODE.ABORTED
         assert served.statistics().failure == str(error)
+
+
+def test_a_stream_that_breaks_during_its_hello_is_noticed(served: Served) -> None:
+    """However the break and the hello interleave, a worker that is gone is never taken for one that exchanges."""
+    served.join()
+    for _ in range(30):
+        talk = served.talk()
+        talk.say(hello(1))
+        talk.break_off()
+    deadline = time.monotonic() + SECONDS
+    while served.statistics().workers[1].state == "exchanging":
+        assert time.monotonic() < deadline
 
 
 def test_a_second_stream_of_a_worker_takes_over() -> None:

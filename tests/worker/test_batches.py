@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 from thresher.deploy.in_process import in_process
+from thresher.protos.errors import ConfigurationError
 from thresher.worker.batches import keyed_seed, seed_everything, share
 
 
@@ -42,7 +43,7 @@ def shares(make: Any, workers: int, *, seed: int = 0, step: int = 0) -> list[lis
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
+@given(st.integers(4, 30), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
 def test_every_sample_once(size: int, workers: int, batch_size: int, shuffle: bool, drop_last: bool) -> None:
     """Up to the rest that cannot be dealt evenly, and on every rank the same number of batches of the same sizes."""
 
@@ -225,3 +226,10 @@ def test_seeding_reaches_all_three_generators() -> None:
     assert all(a != b for a, b in zip(drawn(), first, strict=True))
     seed_everything(3)
     assert drawn() == first
+
+
+def test_fewer_samples_than_workers_are_refused() -> None:
+    """Nothing to share: an error, instead of a loop that silently makes no step."""
+    loader = loader_of(3, batch_size=1)
+    with pytest.raises(ConfigurationError, match="3 samples cannot be shared by 4 workers"):
+        next(share(loader, seed=0, step=0, rank=0, workers=4))

@@ -92,3 +92,12 @@ def test_methods_without_a_threshold_propose_none() -> None:
         sent = selection.select(torch.arange(1.0, NUMEL + 1), 1.0)
         assert selection.propose(sent, 1.0) is None
         assert sent.count == (NUMEL if method.compressor == "identity" else NUMEL // 2)
+
+
+def test_a_step_of_size_zero_sends_nothing() -> None:
+    """At a learning rate of 0 the threshold γλ is 0 as well; the residual stays where it is."""
+    layout = Layout((TensorSpec("w", (4,), "float32"),))
+    selection = Selection(Method(threshold=1.0, placement="update"), layout)
+    assert selection.select(torch.full((4,), 0.25), scale=0.5).count == 0
+    assert selection.select(torch.zeros(4), scale=0.0).count == 0
+    assert selection.residual.tolist() == [0.25] * 4

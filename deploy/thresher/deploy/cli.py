@@ -81,7 +81,7 @@ def launch(
     """Train SCRIPT on shards and workers of this machine."""
     from thresher.deploy import launch as launching
     from thresher.deploy.display import Display
-    from thresher.deploy.results import results_table, write_results
+    from thresher.deploy.results import results_table
     from thresher.worker.method import Method
 
     out, err = Console(), Console(stderr=True)
@@ -94,7 +94,6 @@ def launch(
         err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
         with Display(err) as display:
             results = launching.launch(config, folder, display.show, stop, baseline=baseline)
-        write_results(folder / "result.json", results, workers=workers, shards=shards, seed=seed)
         if as_json:
             out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))
         else:
@@ -175,14 +174,17 @@ def _run_folder(runs: Path, name: str) -> Path:
     Raises:
         ConfigurationError: when there is something of that name; a run is never overwritten.
     """
-    folder = runs / name
+    folder, latest = runs / name, runs / "latest"
+    if folder == latest or "/" in name:
+        raise ConfigurationError(f"a run cannot be called {name!r}; choose another --name")
     try:
         folder.mkdir(parents=True)
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(name)
     except FileExistsError:
         raise ConfigurationError(f"{folder} exists already; choose another --name, or remove it") from None
-    latest = runs / "latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(name)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be made: {error.strerror}; choose another --runs") from None
     return folder
 
 

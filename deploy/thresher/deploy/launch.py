@@ -20,6 +20,7 @@ from thresher.deploy.results import (
     save_model,
     save_optimizer,
     summarize,
+    write_results,
 )
 from thresher.protos.errors import ConfigurationError, ThresherError
 from thresher.v1 import aggregation_pb2 as pb
@@ -218,7 +219,9 @@ class Launch:
 
     def _child(self, name: str, command: Sequence[str], variables: dict[str, str]) -> Child:
         # One thread each, as torchrun does: the processes share the cores, and results repeat bit for bit.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", **variables}
+        # No setting of this run may come from somewhere else.
+        outer = {key: value for key, value in os.environ.items() if not key.startswith("THRESHER_")}
+        environment = {"OMP_NUM_THREADS": "1", **outer, "PYTHONUNBUFFERED": "1", **variables}
         return Child(name, command, environment, self._folder / f"{name.replace(' ', '-')}.log")
 
     def _poll(self) -> None:
@@ -292,7 +295,7 @@ def launch(
     """Run ``config`` in ``folder``; with ``baseline`` also the same run with everything sent, in ``folder/dense``.
 
     Returns:
-        The results by name: ``sparse``, and ``dense`` where asked for.
+        The results by name: ``sparse``, and ``dense`` where asked for; ``result.json`` in ``folder`` has them too.
 
     Raises:
         RunFailedError: when a process failed.
@@ -306,4 +309,6 @@ def launch(
     for name, (one, where) in runs.items():
         with Launch(one, where, f"{name}: {Path(one.command[0]).name}", stop) as run:
             results[name] = run.watch(show)
+        facts = {"workers": config.workers, "shards": config.shards, "seed": config.seed}
+        write_results(folder / "result.json", results, **facts)  # now: the next run may fail or be stopped
     return results

@@ -65,8 +65,7 @@ class Child:
         """Wait for the last of its output, after it has ended."""
         self._process.wait()
         self.signal(signal.SIGKILL)  # what it may have left running, such as data loaders
-        self._reader.join(timeout=_TERMINATE_SECONDS)
-        self._output.close()
+        self._reader.join(timeout=_TERMINATE_SECONDS)  # a stray grandchild may hold the pipe open for longer
         cast("IO[bytes]", self._process.stdin).close()
 
     def last_lines(self, count: int = 30) -> str:
@@ -81,7 +80,7 @@ class Child:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _read(self) -> None:
-        with self.log.open("wb", buffering=0) as log:
+        with self._output, self.log.open("wb", buffering=0) as log:
             for line in self._output:
                 log.write(line)
                 if line.startswith(b"{"):

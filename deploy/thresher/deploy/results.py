@@ -58,8 +58,8 @@ def summarize(statistics: Sequence[pb.StatisticsResponse], printed: Mapping[str,
     pushable = sum(worker.pushable_elements for _, worker in workers)
     dense = 2 * _FLOAT32_BYTES * pushable
     return RunResult(
-        accuracy=printed.get("accuracy"),
-        loss=printed.get("loss"),
+        accuracy=_printed_number(printed, "accuracy"),
+        loss=_printed_number(printed, "loss"),
         steps=max(shard.version for shard in statistics),
         push_bytes=push,
         pull_bytes=pull,
@@ -186,6 +186,11 @@ def model_tensors(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
         for name in (spec.name, *spec.aliases):
             tensors[name] = untrained[spec.name].clone()
     return tensors
+
+
+def _printed_number(printed: Mapping[str, Any], key: str) -> float | None:
+    value = printed.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _number(value: float | None, form: str) -> str:

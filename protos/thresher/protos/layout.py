@@ -135,11 +135,6 @@ class Layout:
         """Return all slices, shard by shard. Raises as `shard_slice` does."""
         return tuple(self.shard_slice(shard, shards) for shard in range(shards))
 
-    def tensor_at(self, index: int) -> str:
-        """Return the name of the trained tensor that element ``index`` of the flat vector belongs to."""
-        position = next(i for i, end in enumerate(self.offsets[1:]) if index < end)
-        return self.trained[position].name
-
     def differences(self, other: "Layout", limit: int = 8) -> list[str]:
         """Say for people what ``other`` has differently, at most ``limit`` lines; empty for an equal layout."""
         lines = _differences("trained", self.trained, other.trained)

@@ -47,8 +47,9 @@ SUPPORTED: Final[Mapping[str, type[torch.optim.Optimizer]]] = {
     "Subtract": Subtract,
 }
 
-# They choose between implementations that need a GPU or an autograd graph; a shard has neither.
-_IGNORED = frozenset({"capturable", "differentiable"})
+# They choose between implementations. Shards and replicas run the plain loop: its bits do not depend on how tensors are
+# cut, and it leaves the gradients as they are.
+_IGNORED = frozenset({"capturable", "differentiable", "foreach", "fused"})
 
 
 @final

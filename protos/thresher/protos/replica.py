@@ -80,10 +80,10 @@ class Replica:
             raise ProtocolError(f"update speaks of {len(update.presence)} tensors, the slice has {len(self._leaves)}")
 
     def _step(self, mean: SparseGradient, presence: Sequence[bool], overrides: Sequence[Override]) -> None:
-        dense = mean.count == mean.numel
-        gradient = mean.values if dense else self._gradient.index_copy_(0, mean.indices, mean.values)
+        # A copy: torch may overwrite what it is given as a gradient, and the update still has to be sent.
+        self._gradient.index_copy_(0, mean.indices, mean.values)
         for segment, leaf, present in zip(self._slice.segments, self._leaves, presence, strict=True):
-            leaf.grad = gradient[segment.begin : segment.end] if present else None
+            leaf.grad = self._gradient[segment.begin : segment.end] if present else None
         self._spec.configure(self._optimizer, overrides)
         try:
             self._optimizer.step()
@@ -94,8 +94,7 @@ class Replica:
             ) from error
         for leaf in self._leaves:
             leaf.grad = None
-        if not dense:  # cheaper than zeroing the whole vector
-            self._gradient.index_fill_(0, mean.indices, 0.0)
+        self._gradient.zero_()
 
     def _load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         leaves = {segment.tensor: leaf for segment, leaf in zip(self._slice.segments, self._leaves, strict=True)}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -11,7 +12,7 @@ from thresher.protos.errors import FrameError
 from thresher.protos.layout import Layout
 
 _UNTRAINED: Final = "untrained."
-_ELEMENT_BYTES: Final = 8  # of the largest dtype
+_ELEMENT_BYTES: Final = 16  # of the largest dtype, complex128
 _STATES_PER_PARAMETER: Final = 4  # Adam with amsgrad has three, and one for the parameter itself
 _HEADER_BYTES_PER_TENSOR: Final = 1024
 
@@ -19,7 +20,10 @@ _HEADER_BYTES_PER_TENSOR: Final = 1024
 def pack_state(state: Mapping[str, Tensor], untrained: Mapping[str, Tensor]) -> bytes:
     """Write a replica's state (as `Replica.state` names it) and untrained tensors by name."""
     named = {**state, **{_UNTRAINED + name: value for name, value in untrained.items()}}
-    return save({name: value.detach().cpu().contiguous() for name, value in named.items()})
+    # Clones, because buffers may share memory, and safetensors refuses those.
+    return save(
+        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in named.items()}
+    )
 
 
 def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

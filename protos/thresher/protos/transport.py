@@ -15,6 +15,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_http_proxy", 0),  # shards are not on the web, and a proxy there for the web does not know them
     ("grpc.enable_retries", 0),  # a push is repeated by who knows what it means, never by the transport
 )
 """What a worker sets: an open stream with keepalive is its heartbeat."""

@@ -51,10 +51,6 @@ class Subscriber(Protocol[E_contra]):
         """Tell every connected worker that the run cannot go on."""
 
 
-class MailboxFullError(ThresherError, RuntimeError):
-    """The shard has more waiting events than its mailbox holds; the sender backs off and tries again."""
-
-
 @final
 class Engine(Generic[E]):
     """Runs a `Shard` on a thread of its own.
@@ -75,7 +71,7 @@ class Engine(Generic[E]):
         self._shard = shard
         self._encode = encode
         self._record = record
-        self._mailbox: queue.Queue[tuple[Event, Answer] | None] = queue.Queue(MAILBOX_EVENTS)
+        self._mailbox: queue.SimpleQueue[tuple[Event, Answer] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shard", daemon=True)
         self._statistics = shard.statistics()
         self._ended = False
@@ -83,6 +79,7 @@ class Engine(Generic[E]):
     def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber[E]) -> None:
         """Begin to take events; answers and effects are delivered on ``loop``."""
         self._loop, self._subscriber = loop, subscriber
+        self._room = asyncio.Semaphore(MAILBOX_EVENTS)
         self._thread.start()
 
     def stop(self) -> None:
@@ -91,21 +88,18 @@ class Engine(Generic[E]):
         self._thread.join()
 
     async def submit(self, event: Event) -> list[Effect]:
-        """Hand an event to the shard and wait for its effects.
+        """Hand an event to the shard and wait for its effects; first for room, when many events are waiting.
 
         Raises:
-            MailboxFullError: when too many events are waiting.
             ProtocolError: after `stop`.
             ThresherError: as the shard raised it; the event changed nothing.
         """
-        answer: Answer = self._loop.create_future()
-        try:
-            self._mailbox.put_nowait((event, answer))
-        except queue.Full:
-            raise MailboxFullError(f"{MAILBOX_EVENTS} events are waiting for this shard; try again") from None
-        if self._ended:  # looked at after the put: an event that came too late to be turned away by the thread
-            raise ProtocolError(_ENDED)
-        return await answer
+        async with self._room:
+            answer: Answer = self._loop.create_future()
+            self._mailbox.put((event, answer))
+            if self._ended:  # looked at after the put: an event that came too late to be turned away by the thread
+                raise ProtocolError(_ENDED)
+            return await answer
 
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters as of its last event; from any thread."""
@@ -164,7 +158,7 @@ class Engine(Generic[E]):
                 case events.Publish(update):
                     self._publish(update)
                 case events.Record(row):
-                    self._record(row)
+                    self._write(row)
                 case events.Notice(text):
                     _logger.warning("%s", text)
                 case events.Failed(reason):
@@ -176,10 +170,15 @@ class Engine(Generic[E]):
     def _publish(self, update: Update) -> None:
         encoded = self._encode(update)
         published = events.Published(update.version, encoded.wire_bytes)
+        self._perform(self._shard.handle(published, time.monotonic()))
+        self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
+
+    def _write(self, row: IterationRow) -> None:
+        """Record a row. One that cannot be written, on a full disk say, is told, and keeps no worker waiting."""
         try:
-            self._perform(self._shard.handle(published, time.monotonic()))
-        finally:  # a row that cannot be written keeps no worker waiting
-            self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
+            self._record(row)
+        except OSError as error:
+            _logger.error("the row of version %d could not be recorded: %s", row.version, error)  # noqa: TRY400
 
     def _tell(self, answer: Answer, result: list[Effect] | Exception) -> None:
         def deliver() -> None:

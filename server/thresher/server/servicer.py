@@ -38,7 +38,7 @@ from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import ERROR_NAME
 from thresher.protos.update import unpack_presence
 from thresher.server import events
-from thresher.server.engine import Engine, MailboxFullError
+from thresher.server.engine import Engine
 from thresher.server.events import Effect, Verdict, Worker
 from thresher.server.shard import ShardConfig
 from thresher.server.stream import EncodedUpdate, Stream, encoded
@@ -58,7 +58,6 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     RegistrationError: grpc.StatusCode.FAILED_PRECONDITION,
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
     RoundFailedError: grpc.StatusCode.ABORTED,
-    MailboxFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _VERDICTS: Final = {verdict: pb.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in Verdict}
 _DETAILS_BYTES: Final = 6000  # of the 8 KiB that gRPC takes as metadata
@@ -82,7 +81,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._speaking: dict[Worker, Stream] = {}  # each worker's newest stream
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
-        self._seeded = asyncio.Event()
+        self._settled = asyncio.Event()  # seeded, or failed before that
         self.on_failure: Callable[[], None] = lambda: None
 
     # What the engine calls
@@ -96,6 +95,7 @@ class AggregationServicer(AggregationServiceServicer):
         """End every stream: the run cannot go on."""
         for stream in self._streams:
             stream.end(RoundFailedError(reason))
+        self._settled.set()
         self.on_failure()
 
     # What workers call
@@ -212,12 +212,12 @@ class AggregationServicer(AggregationServiceServicer):
             raise FrameError(f"a seed of {first.total_bytes} bytes was announced, {len(payload.data)} came")
         state, untrained = await asyncio.to_thread(unpack_state, bytes(payload.data))
         effects = await self._engine.submit(events.Seed(Worker(first.rank, first.incarnation), state, untrained))
-        self._seeded.set()
+        self._settled.set()
         return pb.SeedResponse(accepted=_only(effects, events.Seeded).accepted)
 
     async def _read_state(self, wait_seconds: float) -> tuple[events.State, bytes]:
         try:
-            await asyncio.wait_for(self._seeded.wait(), wait_seconds)
+            await asyncio.wait_for(self._settled.wait(), wait_seconds)
         except TimeoutError:
             raise RoundFailedError(
                 f"shard {self._config.shard} has waited {wait_seconds:.1f} s for its starting values; "
@@ -284,7 +284,7 @@ class AggregationServicer(AggregationServiceServicer):
             raise ProtocolError("the first message of a stream must be a hello")
         worker = Worker(request.hello.rank, request.hello.incarnation)
         self._streams.add(stream)
-        effects = await self._engine.submit(events.Hello(worker, request.hello.version))
+        effects = await self._hello(worker, request.hello.version)
         stream.greet([encoded(update) for update in _only(effects, events.Backlog).updates])
         earlier = self._speaking.get(worker)
         self._speaking[worker] = stream
@@ -292,6 +292,15 @@ class AggregationServicer(AggregationServiceServicer):
             self._streams.discard(earlier)
             earlier.end(ProtocolError(f"worker {worker.rank} has opened another stream"))
         return worker
+
+    async def _hello(self, worker: Worker, version: int) -> list[Effect]:
+        """Introduce a worker; if it goes away meanwhile, the shard hears of that right behind the hello."""
+        try:
+            return await self._engine.submit(events.Hello(worker, version))
+        except asyncio.CancelledError:
+            if worker not in self._speaking:
+                await asyncio.shield(asyncio.ensure_future(self._disconnected(worker)))
+            raise
 
     async def _event(
         self, worker: Worker, request: pb.ExchangeRequest, payload: bytearray, wire_bytes: int

@@ -7,12 +7,13 @@ A synchronous round closes when every member has pushed; sums run in rank order,
 came first. Push number s of a worker belongs to the round that creates version s + 1.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import assert_never, final
 
 from torch import Tensor
 
-from thresher.protos.errors import OptimizerError, ProtocolError, RoundFailedError
+from thresher.protos.errors import ConfigurationError, OptimizerError, ProtocolError, RoundFailedError
 from thresher.protos.layout import Slice
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.replica import Replica
@@ -49,6 +50,15 @@ class ShardConfig:
     round_timeout: float = 600.0
     lease: float = 5.0
     log_cap_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense, before anything is served. Raises ConfigurationError."""
+        if not 0 <= self.shard < self.shards or self.workers < 1:
+            raise ConfigurationError(f"shard {self.shard} of {self.shards} for {self.workers} workers makes no sense")
+        for name in ("start_timeout", "round_timeout", "lease"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ConfigurationError(f"{name} must be a number of seconds >= 0, not {seconds}")
 
 
 @final
@@ -204,8 +214,8 @@ class Shard:
     def _hello(self, hello: events.Hello) -> list[Effect]:
         self._refuse_after_failure()
         member = self._members.known(hello.worker)
-        if not member.takes_part or self._replica is None:
-            raise ProtocolError(f"{member} cannot exchange: it has left, or the shard has no seed yet")
+        if not member.takes_part:
+            raise ProtocolError(f"{member} cannot exchange: it has left")
         backlog = events.Backlog(self._log.since(hello.version))
         member.state, member.version = MemberState.EXCHANGING, hello.version
         return [backlog]
@@ -232,8 +242,8 @@ class Shard:
 
     def _judge(self, push: Push, member: Member) -> Judged | None:
         """Return why a push is not taken, or None when it is."""
-        if member.state is not MemberState.EXCHANGING:
-            raise ProtocolError(f"{member} is {member.state}, it cannot push")
+        if member.state is not MemberState.EXCHANGING or self._replica is None:
+            raise ProtocolError(f"{member} cannot push: it is {member.state}, and the shard {self._phase()}")
         if push.step == member.steps - 1:
             if push.content == member.last_content:
                 return Judged(push.step, Verdict.DUPLICATE)
@@ -247,7 +257,7 @@ class Shard:
             return Judged(push.step, Verdict.REJECTED, f"{push.gradient.numel} elements pushed, not {self.slice.numel}")
         if push.gradient is not None and not bool(push.gradient.values.isfinite().all()):
             return Judged(push.step, Verdict.REJECTED, f"{member} pushed NaN or infinity in step {push.step}")
-        if push.next_threshold is not None and not push.next_threshold >= 0:  # NaN is neither
+        if push.next_threshold is not None and not 0 <= push.next_threshold < math.inf:  # NaN is not in there
             return Judged(push.step, Verdict.REJECTED, f"{member} proposes {push.next_threshold} as the threshold")
         if len(push.presence) != len(self.slice.segments):
             return Judged(push.step, Verdict.REJECTED, f"presence of {len(push.presence)} tensors pushed")
@@ -373,6 +383,7 @@ class Shard:
 
     def _state(self) -> events.State:
         if self._replica is None or self._model is None:
+            self._refuse_after_failure()
             raise ProtocolError("the shard has not been seeded yet")
         groups = [dict(group) for group in self._spec.groups]
         for one in self._overrides:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from thresher.protos.errors import ConfigurationError
+
 
 def keyed_seed(*key: object) -> int:
     """Return a seed below 2³² that differs for different keys and is the same on every machine.
@@ -41,6 +43,9 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         step: Where the pass begins; equal on all workers.
         rank: Which share.
         workers: How many shares.
+
+    Raises:
+        ConfigurationError: when there is not one sample for each worker.
     """
     order_seed = keyed_seed("order", seed, step)
     if isinstance(loader.dataset, IterableDataset):
@@ -51,6 +56,9 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
     with _ordered(source, order_seed):
         order = list(source)
     mine = order[: len(order) - len(order) % workers][rank::workers]
+    if order and not mine:
+        what = "samples" if plain else "batches"
+        raise ConfigurationError(f"{len(order)} {what} cannot be shared by {workers} workers: each needs one at least")
     # The seed of the loader's worker processes is drawn now, and must not be the same on all ranks.
     seed_everything(keyed_seed("loader", seed, rank, step))
     batching: dict[str, Any] = {"batch_sampler": mine}

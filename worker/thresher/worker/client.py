@@ -35,6 +35,7 @@ _logger = logging.getLogger(__name__)
 _RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
 _CALL_SECONDS: Final = 60.0
 _NOTICE_SECONDS: Final = 5.0
+_GOODBYE_SECONDS: Final = 2.0
 _MARGIN_SECONDS: Final = 30.0  # a shard fails a round at its own deadline and says who is missing; let it speak first
 
 
@@ -190,10 +191,12 @@ class ShardClient:
             raise ProtocolError(f"{self} answered a leave with {answer.WhichOneof('body')}")
 
     def abort(self, reason: str) -> None:
-        """Tell the shard that this worker cannot go on; best effort."""
+        """Tell the shard that this worker cannot go on, and wait a moment for it to take note; best effort."""
         self._outbox.put(pb.ExchangeRequest(abort=pb.Abort(reason=reason)))
-        with contextlib.suppress(queue.Empty):  # the answer, if any, is that the run has failed
-            self._inbox.get(timeout=2.0)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while not isinstance(self._inbox.get(timeout=max(0.0, deadline - time.monotonic())), Exception):
+                continue  # an update that was on its way
 
     def close(self) -> None:
         """End stream and channel."""

@@ -53,6 +53,7 @@ def join(
         ShardClient(shard, address, settings.rank, request.incarnation)
         for shard, address in enumerate(settings.addresses)
     ]
+    registered: list[ShardClient] = []
     try:
         deadline = time.monotonic() + settings.connect_timeout
         for client in clients:
@@ -60,6 +61,7 @@ def join(
         for client, piece in zip(clients, slices, strict=True):
             request.shard = client.shard
             answer = client.register(request)
+            registered.append(client)
             if settings.rank == 0 and not answer.seeded:
                 client.seed(pack_state(model.state(piece), model.untrained() if client.shard == 0 else {}))
         joined = [
@@ -69,7 +71,10 @@ def join(
         _check_versions(joined)
         for shard in joined:
             shard.client.open(shard.replica.version)
-    except BaseException:
+    except BaseException as error:
+        for client in registered:  # the others must not wait for this worker
+            client.open(0)
+            client.abort(f"{type(error).__name__}: {error}")
         for client in clients:
             client.close()
         raise

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.transport import check_address
 from thresher.worker.statistics import WorkerStatistics
 
 
@@ -31,6 +32,7 @@ class WorkerMetrics(Collector):
         build = Gauge("thresher_build_info", "Always 1; the version is a label.", ["version"], registry=registry)
         build.labels(version("thresher")).set(1)
         registry.register(self)
+        check_address(listen, insecure=True)  # metrics are no secret; only the form is looked at
         host, _, port = listen.rpartition(":")
         try:
             self._server, _ = start_http_server(int(port), host, registry)

@@ -36,6 +36,7 @@ class ModelParameters:
             raise LayoutError(f"the optimizer holds {unknown} tensors that are not parameters of the model")
         self._trained = {n: p for n, p in named.items() if id(p) in groups and p.requires_grad}
         aliases = self._aliases()
+        _check_types(self._trained)
         self.layout = Layout(
             tuple(_spec(n, p, groups[id(p)], aliases.get(n, ())) for n, p in self._trained.items()),
             tuple(_spec(n, t, 0, aliases.get(n, ())) for n, t in self.untrained().items()),
@@ -196,6 +197,16 @@ class ModelParameters:
             parameter = parameters[tensor]
             whole = values[0] if values[0].dim() == 0 else torch.cat(values).view(parameter.shape).to(parameter.device)
             self._optimizer.state[parameter][key] = whole
+
+
+def _check_types(trained: Mapping[str, Tensor]) -> None:
+    """Refuse what a float32 master cannot stand for. Raises LayoutError naming the first."""
+    for name, parameter in trained.items():
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise LayoutError(
+                f"parameter {name} is {parameter.dtype}; parameters are trained as float32, bfloat16 or float16, with "
+                "float32 masters. Convert it (model.float()), or freeze it"
+            )
 
 
 def _spec(name: str, tensor: Tensor, group: int, aliases: tuple[str, ...]) -> TensorSpec:

@@ -39,6 +39,8 @@ class Selection:
             message: [numel] float32, finite.
             scale: The unit of messages in units of gradients; the threshold is λ·scale (arXiv:2108.00951, C_γ).
         """
+        if scale == 0.0:
+            return SparseGradient.empty(message.numel())  # a step of size 0; a threshold of 0 would send the residual
         if self._thresholded:
             self._feedback.compressor = HardThreshold(self._lambda(message, scale) * scale)
         return self._feedback.compress(message)
@@ -57,7 +59,7 @@ class Selection:
             self.threshold = threshold
 
     def _lambda(self, message: Tensor, scale: float) -> float:
-        if self.threshold is not None or self._density is None or scale == 0.0:
-            return self.threshold or 0.0  # at a learning rate of 0 messages are zero, and say nothing about λ
+        if self.threshold is not None or self._density is None:
+            return self.threshold or 0.0
         # Nobody has proposed one yet: each worker keeps the largest of its own first gradient.
         return quantile_threshold(message, self._density) / scale

@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,12 +43,7 @@ def connect(addresses: str | None = None, *, settings: Settings | None = None) -
     Raises:
         ConfigurationError: when no shard is named, or a setting is out of range.
     """
-    if settings is None:
-        environment = dict(os.environ)
-        if addresses is not None:
-            environment["THRESHER_SHARDS"] = addresses
-        settings = settings_from(environment)
-    return Session(settings)
+    return Session(settings if settings is not None else settings_from(addresses=addresses))
 
 
 @final

@@ -68,13 +68,15 @@ class Settings:
         }
 
 
-def settings_from(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings from ``THRESHER_*`` variables.
+def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str | None = None) -> Settings:
+    """Read the settings from ``THRESHER_*`` variables; ``addresses`` go before ``THRESHER_SHARDS``.
 
     Raises:
         ConfigurationError: when one is missing or cannot be read; the message names it.
     """
     found = {name.removeprefix(_PREFIX): value for name, value in environment.items() if name.startswith(_PREFIX)}
+    if addresses is not None:
+        found["SHARDS"] = addresses
     if "SHARDS" not in found:
         raise ConfigurationError(
             "this script connects to a parameter server, and none is named: start it with "
