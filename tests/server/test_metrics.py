@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from thresher.server.events import IterationRow
-from thresher.server.metrics import ShardMetrics, compression_ratio
+from thresher.server.metrics import ShardMetrics
 from thresher.server.statistics import MemberStatistics, ShardStatistics
 
 ROW = IterationRow(
@@ -113,4 +113,5 @@ def test_the_compression_ratio_is_dense_bytes_over_bytes_moved(
     members: tuple[MemberStatistics, ...], ratio: float
 ) -> None:
     """Both directions together; 1 before anything has moved."""
-    assert compression_ratio(replace(NOW, members=members)) == ratio
+    scraped = scrape(ShardMetrics(lambda: replace(NOW, members=members)))
+    assert scraped["thresher_compression_ratio", SHARD] == ratio

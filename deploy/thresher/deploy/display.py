@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from thresher.deploy.results import bytes_text
+from thresher.protos.accounting import compression_ratio
 from thresher.v1 import aggregation_pb2 as pb
 
 _PLAIN_SECONDS: Final = 10.0
-_FLOAT32_BYTES: Final = 4
 
 
 @final
@@ -58,7 +58,7 @@ class Picture:
             f"{now:.2%}",
             bytes_text(push),
             bytes_text(pull),
-            _ratio(2 * _FLOAT32_BYTES * pushable, push + pull),
+            f"{compression_ratio(pushable, push + pull):.1f}" if pushable else "",
             self._time_left(rank, step),
         )
 
@@ -85,13 +85,9 @@ def _shard(shard: pb.StatisticsResponse) -> tuple[str, ...]:
         f"{shard.update_density:.2%}",
         bytes_text(push),
         bytes_text(pull),
-        _ratio(2 * _FLOAT32_BYTES * pushable, push + pull),
+        f"{compression_ratio(pushable, push + pull):.1f}" if pushable else "",
         "",
     )
-
-
-def _ratio(dense: float, moved: float) -> str:
-    return f"{dense / moved:.1f}" if moved else ""
 
 
 def _progress(state: str) -> int:

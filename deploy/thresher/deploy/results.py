@@ -6,20 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thresher.protos.accounting import compression_ratio, dense_bytes
 from thresher.protos.errors import ProtocolError
 from thresher.protos.layout import Layout
-from thresher.protos.replica import PARAMETERS, optimizer_state
+from thresher.protos.replica import PARAMETERS, whole_optimizer_state
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.client import Snapshot
-
-_FLOAT32_BYTES: Final = 4
 
 
 @final
@@ -56,16 +55,15 @@ def summarize(statistics: Sequence[pb.StatisticsResponse], printed: Mapping[str,
     push = sum(worker.push_bytes for _, worker in workers)
     pull = sum(worker.pull_bytes for _, worker in workers)
     pushable = sum(worker.pushable_elements for _, worker in workers)
-    dense = 2 * _FLOAT32_BYTES * pushable
     return RunResult(
         accuracy=_printed_number(printed, "accuracy"),
         loss=_printed_number(printed, "loss"),
         steps=max(shard.version for shard in statistics),
         push_bytes=push,
         pull_bytes=pull,
-        dense_bytes=dense,
+        dense_bytes=dense_bytes(pushable),
         mean_density=sum(worker.pushed_elements for _, worker in workers) / pushable if pushable else 0.0,
-        compression_ratio=dense / (push + pull) if push + pull else 1.0,
+        compression_ratio=compression_ratio(pushable, push + pull),
         seconds=seconds,
     )
 
@@ -154,19 +152,8 @@ def save_model(path: Path, snapshots: Sequence[Snapshot]) -> None:
 def save_optimizer(path: Path, snapshots: Sequence[Snapshot]) -> None:
     """Write the optimizer state that the shards hold, whole: ``<parameter>/<key>``, as safetensors."""
     layout = snapshots[0].layout
-    parts: dict[tuple[int, str], list[Tensor]] = {}
-    for snapshot in snapshots:
-        for key, tensor, value in optimizer_state(snapshot.state):
-            parts.setdefault((tensor, key), []).append(value)
-    save_file(
-        {
-            f"{layout.trained[tensor].name}/{key}": (
-                values[0] if values[0].dim() == 0 else torch.cat(values).view(layout.trained[tensor].shape)
-            )
-            for (tensor, key), values in parts.items()
-        },
-        path,
-    )
+    whole = whole_optimizer_state(layout, [snapshot.state for snapshot in snapshots])
+    save_file({f"{layout.trained[tensor].name}/{key}": value for (tensor, key), value in whole.items()}, path)
 
 
 def model_tensors(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:

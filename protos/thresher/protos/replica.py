@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError
-from thresher.protos.layout import Slice
+from thresher.protos.layout import Layout, Slice
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Update
@@ -121,6 +121,26 @@ def optimizer_state(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Ten
         key, _, tensor = rest.rpartition(".")
         if kind == _STATE and tensor.isdigit():
             yield key, int(tensor), value
+
+
+def whole_optimizer_state(layout: Layout, states: Sequence[Mapping[str, Tensor]]) -> dict[tuple[int, str], Tensor]:
+    """Put the slices of optimizer state together again.
+
+    Args:
+        layout: The model.
+        states: As `Replica.state` returns them, shard by shard.
+
+    Returns:
+        By (number of the trained tensor, key): the value in the tensor's shape, or a scalar such as a step count.
+    """
+    parts: dict[tuple[int, str], list[Tensor]] = {}
+    for state in states:
+        for key, tensor, value in optimizer_state(state):
+            parts.setdefault((tensor, key), []).append(value)
+    return {
+        (tensor, key): values[0] if values[0].dim() == 0 else torch.cat(values).view(layout.trained[tensor].shape)
+        for (tensor, key), values in parts.items()
+    }
 
 
 def _flat_parameters(piece: Slice, state: Mapping[str, Tensor]) -> Tensor:

@@ -286,7 +286,7 @@ class RegisterRequest(google.protobuf.message.Message):
     shard: builtins.int
     """Position of this shard among them, as the worker believes."""
     method: builtins.str
-    """What is compressed and how, as text, such as "ErrorFeedback(HardThreshold(0.01)), gradient-placed"; equal on all workers."""
+    """What is compressed and how, as text, such as "SGD with hard-threshold 0.01, gradient-placed"; equal on all workers."""
     origin: builtins.str
     """For people: host name and process id."""
     metrics_address: builtins.str

@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from thresher.protos.accounting import compression_ratio, dense_bytes
 from thresher.server.events import IterationRow
 from thresher.server.statistics import ShardStatistics
 
 _DENSITY_BUCKETS: Final = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _SECONDS_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
-_FLOAT32_BYTES: Final = 4
 
 
 @final
@@ -97,13 +97,15 @@ class ShardMetrics(Collector):
         yield (
             "thresher_dense_bytes",
             "What the same pushes and updates would be as dense float32.",
-            2 * _FLOAT32_BYTES * now.numel * sum(member.steps for member in now.members),
+            dense_bytes(_pushable(now)),
         )
 
     def _last_values(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
         yield "thresher_members", "Workers that belong to the run.", sum(m.state != "left" for m in now.members)
         yield "thresher_log_bytes", "Memory of the update log.", now.log_bytes
-        yield "thresher_compression_ratio", "Dense bytes over bytes moved, both directions.", compression_ratio(now)
+        moved = sum(member.push_bytes + member.pull_bytes for member in now.members)
+        ratio = compression_ratio(_pushable(now), moved)
+        yield "thresher_compression_ratio", "Dense bytes over bytes moved, both directions.", ratio
         if now.threshold is not None:
             yield "thresher_threshold", "Threshold in force, in the unit of the gradient.", now.threshold
         if now.last_row is not None:
@@ -118,11 +120,8 @@ class ShardMetrics(Collector):
         return Histogram(name, text, ["shard"], buckets=buckets, registry=self.registry).labels(shard)
 
 
-def compression_ratio(now: ShardStatistics) -> float:
-    """Return dense float32 bytes over bytes moved, in both directions; 1 before anything has moved."""
-    moved = sum(member.push_bytes + member.pull_bytes for member in now.members)
-    dense = 2 * _FLOAT32_BYTES * now.numel * sum(member.steps for member in now.members)
-    return dense / moved if moved else 1.0
+def _pushable(now: ShardStatistics) -> int:
+    return now.numel * sum(member.steps for member in now.members)
 
 
 def _counter(name: str, text: str, shard: str, value: float) -> CounterMetricFamily:

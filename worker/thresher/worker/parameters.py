@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thresher.protos.errors import LayoutError, NonFiniteGradientError
 from thresher.protos.layout import Layout, Slice, TensorSpec
-from thresher.protos.replica import PARAMETERS, optimizer_state, state_name
+from thresher.protos.replica import PARAMETERS, state_name, whole_optimizer_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Presence
 
@@ -188,15 +188,10 @@ class ModelParameters:
 
     def publish_state(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Show the replicas' optimizer state, shard by shard, as the user's optimizer's own, for ``state_dict()``."""
-        parts: dict[tuple[int, str], list[Tensor]] = {}
-        for state in states:
-            for key, tensor, value in optimizer_state(state):
-                parts.setdefault((tensor, key), []).append(value)
         parameters = list(self._trained.values())
-        for (tensor, key), values in parts.items():
+        for (tensor, key), value in whole_optimizer_state(self.layout, states).items():
             parameter = parameters[tensor]
-            whole = values[0] if values[0].dim() == 0 else torch.cat(values).view(parameter.shape).to(parameter.device)
-            self._optimizer.state[parameter][key] = whole
+            self._optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
 
 
 def _check_types(trained: Mapping[str, Tensor]) -> None:
