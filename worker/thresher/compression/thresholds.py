@@ -86,10 +86,8 @@ class Calibration:
 
     What it promises: in each calibrated round that worker would have sent at most the wanted density at the proposed
     threshold. What it does not: the mean density of the run. Afterwards the density goes where the gradients go, as
-    the threshold is constant, and a calibration shorter than the growth of the early gradients ends too low. In runs of
-    300 steps of small networks (digits, Fashion-MNIST; SGD, momentum, Adam; densities of 0.5 to 2 %) the mean density
-    was 0.3 to 4 times the wanted one after 60 rounds of calibration, and 0.2 to 15 times after 20. So give it a fifth
-    of the run.
+    the threshold is constant, and a calibration shorter than the growth of the early gradients ends too low: the mean
+    density can end up several times above or below the wanted one. A fifth of the run is a good length.
 
     A state machine without a clock: equal observations give equal thresholds.
 
