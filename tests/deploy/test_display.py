@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from thresher.deploy.display import COLUMNS, Display, Picture, table_of
@@ -58,8 +59,9 @@ def test_before_any_shard_answers() -> None:
     assert Picture("title", [], [{}], 0.0, {}).lines()[0][:2] == ("worker 0", "starting")
 
 
-def test_a_terminal_shows_the_table() -> None:
+def test_a_terminal_shows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the table is drawn in place, and gone at the end."""
+    monkeypatch.setenv("TERM", "xterm-256color")
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Display(console) as display:
         display.show(picture())
@@ -69,9 +71,11 @@ def test_a_terminal_shows_the_table() -> None:
         assert cell in drawn
 
 
-def test_no_terminal_no_table() -> None:
-    """Elsewhere nothing is drawn at once, so that a log stays readable."""
-    console = Console(file=io.StringIO(), force_terminal=False, width=120)
+@pytest.mark.parametrize(("is_terminal", "kind"), [(False, "xterm-256color"), (True, "dumb")])
+def test_no_terminal_no_table(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, kind: str) -> None:
+    """Elsewhere, and where nothing can be redrawn, nothing is drawn at once, so that a log stays readable."""
+    monkeypatch.setenv("TERM", kind)
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
     with Display(console) as display:
         display.show(picture())
     assert isinstance(console.file, io.StringIO)

@@ -216,7 +216,7 @@ class ShardModel(RuleBasedStateMachine):
     @rule(rank=ranks, incarnation=st.sampled_from([1, 1, 1, 2]))
     def hello(self, rank: int, incarnation: int) -> None:
         event = events.Hello(Worker(rank, incarnation), self.version)
-        welcome = self.states[rank] in ("registered", "exchanging", "lost") and self.weights is not None
+        welcome = self.states[rank] in ("registered", "exchanging", "lost")
         if self.failed or incarnation != 1 or not welcome:
             self.refused(event, ProtocolError, RoundFailedError)
         else:
@@ -228,7 +228,7 @@ class ShardModel(RuleBasedStateMachine):
         self.refused(events.Hello(Worker(rank, 1), self.version + ahead), ProtocolError, RoundFailedError)
 
     def may_push(self, rank: int) -> bool:
-        return self.states[rank] == "exchanging" and not self.failed
+        return self.states[rank] == "exchanging" and not self.failed and self.weights is not None
 
     @rule(rank=ranks, values=st.lists(st.integers(-4, 4), min_size=NUMEL, max_size=NUMEL) | st.none())
     def push(self, rank: int, values: list[int] | None) -> None:
@@ -331,7 +331,7 @@ class ShardModel(RuleBasedStateMachine):
         event = events.Disconnect(Worker(rank, 1))
         if self.states[rank] == "waited for":
             self.refused(event, ProtocolError)
-        elif self.states[rank] == "exchanging":
+        elif self.states[rank] == "exchanging" and not self.failed:
             self.tell(event)
             self.states[rank], self.lost_at[rank] = "lost", self.now
         else:

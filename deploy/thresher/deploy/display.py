@@ -112,7 +112,8 @@ class Display:
     def __init__(self, console: Console) -> None:
         """Show on ``console``."""
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        can_redraw = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, auto_refresh=False, transient=True) if can_redraw else None
         self._last_plain = time.monotonic()
 
     def __enter__(self) -> "Display":

@@ -269,11 +269,20 @@ class Launch:
         deadline = time.monotonic() + self._config.lease + _GOODBYE_SECONDS
         while any(worker.code is None for worker in self._workers) and time.monotonic() < deadline:
             self._stop.pause(_POLL_SECONDS / 5)
+        self._poll()
+        cause = self._cause() or failed
         lines = [f"{child.name}: {child.ending()} ({child.log})" for child in (*self._shards, *self._workers)]
         report = "\n  ".join(lines)
         return RunFailedError(
-            f"{failed.name} failed: {failed.ending()}\n  {report}\nend of {failed.log}:\n{failed.last_lines()}"
+            f"{cause.name} failed: {cause.ending()}\n  {report}\nend of {cause.log}:\n{cause.last_lines()}"
         )
+
+    def _cause(self) -> Child | None:
+        """Return the worker that the shards saw failing first; the others end as well, but only because of it."""
+        if any(shard.code is not None for shard in self._shards):
+            return None  # then it was no worker
+        seen = [worker for shard in self._statistics for worker in shard.workers]
+        return next((self._workers[worker.rank] for worker in seen if worker.state in ("aborted", "lost")), None)
 
     def _save(self) -> None:
         """Leave the final model, its optimizer state and the per-iteration file in the run's folder."""

@@ -345,7 +345,8 @@ class Shard:
 
     def _disconnect(self, event: events.Disconnect, now: float) -> list[Effect]:
         member = self._members.known(event.worker)
-        if member.state is MemberState.EXCHANGING:
+        # After a failure everybody goes: the states stay as they were then, and tell who was the cause.
+        if member.state is MemberState.EXCHANGING and not self._failure:
             member.state, member.lost_at = MemberState.LOST, now
         return []
 
