@@ -49,7 +49,10 @@ def lab(*arguments: str) -> str:
 @pytest.fixture
 def hosts() -> Iterator[None]:
     """Four hosts at 1 Gbit/s: shards on h0 and h1, workers on h2 and h3."""
-    lab("up", "4", "1gbit")
+    try:
+        lab("up", "4", "1gbit")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr}")
     yield
     lab("down")
 

@@ -55,6 +55,14 @@ class Prometheus:
             return None  # it is still starting
         return float(found[0]["value"][1]) if found else None
 
+    def sums(self, steps: str, expressions: dict[str, str]) -> dict[str, float | None] | None:
+        """Return the values of some queries, if before and after them two endpoints show 40 steps; else None."""
+        complete = f"count({steps} == 40)"
+        if self.query(complete) != 2:
+            return None
+        found = {key: self.query(expression) for key, expression in expressions.items()}
+        return found if self.query(complete) == 2 else None
+
     def stop(self) -> None:
         """End it."""
         self._process.terminate()
@@ -97,11 +105,9 @@ def test_prometheus_agrees_with_the_result(prometheus: Prometheus, tmp_path: Pat
         at_shards: dict[str, float | None] = {}
         deadline = time.monotonic() + 150
         while launched.process.poll() is None and time.monotonic() < deadline:
-            # The workers' endpoints go with them, those of the shards linger: keep what was seen at the last step.
-            if prometheus.query("min(thresher_worker_steps_total)") == 40:
-                at_workers = {key: prometheus.query(text) for key, text in worker_sums.items()}
-            if prometheus.query("min(thresher_iterations_total)") == 40:
-                at_shards = {key: prometheus.query(text) for key, text in shard_sums.items()}
+            # Endpoints go one after the other: what counts is what was seen while both of a kind were at the last step.
+            at_workers = prometheus.sums("thresher_worker_steps_total", worker_sums) or at_workers
+            at_shards = prometheus.sums("thresher_iterations_total", shard_sums) or at_shards
             time.sleep(0.25)
         code, _, err = launched.finish()
         assert code == 0, err
