@@ -99,8 +99,3 @@ def test_updates_need_one_rate() -> None:
     for rates in ((0.5, 0.25), (float("nan"), float("nan")), (float("inf"), float("inf"))):
         with pytest.raises(OptimizerError, match="one learning rate for all parameter groups"):
             placement.scale(tuple({"lr": rate} for rate in rates))
-
-
-def test_placements_have_names() -> None:
-    """For people and registration."""
-    assert GradientPlaced(PLAIN).name != UpdatePlaced(PLAIN, LAYOUT).name

@@ -18,11 +18,6 @@ class Placement(Protocol):
     """What is compressed, and what the shards do with its mean."""
 
     @property
-    def name(self) -> str:
-        """For people and for registration."""
-        ...
-
-    @property
     def shard_optimizer(self) -> OptimizerSpec:
         """The optimizer that shards and replicas run."""
         ...
@@ -60,8 +55,6 @@ class GradientPlaced:
     Source: arXiv:2108.00951, Algorithm 2. The residual is in gradient units.
     """
 
-    name = "gradient-placed"
-
     def __init__(self, spec: OptimizerSpec) -> None:
         """Place ``spec`` at the shards."""
         self.shard_optimizer = spec
@@ -95,8 +88,6 @@ class UpdatePlaced:
     Raises:
         OptimizerError: for anything but plain SGD, whose state would then live on both sides.
     """
-
-    name = "update-placed"
 
     def __init__(self, spec: OptimizerSpec, layout: Layout) -> None:
         """Check that ``spec`` is plain SGD."""
