@@ -242,6 +242,8 @@ class AggregationServicer(AggregationServiceServicer):
             raise ProtocolError("the stream ended without a leave")  # noqa: TRY301 - told as every other refusal
         except ThresherError as error:
             stream.end(error)
+        except grpc.aio.AbortError:
+            pass  # the call was ended from this side while its next message was waited for
         except Exception as error:
             _logger.exception("what %s said could not be handled", worker)
             stream.end(ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log"))
