@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from thresher.deploy.in_process import in_process
-from thresher.protos.errors import ConnectionTimeoutError, ProtocolError, RegistrationError
+from thresher.protos.errors import ConnectionTimeoutError, LayoutError, ProtocolError, RegistrationError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import Replica
@@ -64,6 +64,15 @@ def test_shards_in_another_order_are_refused() -> None:
         settings = settings_of(cluster.addresses[::-1])
         with pytest.raises(RegistrationError, match="takes this for shard 0 of 2, it is shard 1 of 2"):
             join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
+
+
+def test_a_model_of_too_many_tensors_is_refused() -> None:
+    """What gRPC would refuse without a word on why: a layout larger than one message."""
+    model = nn.Module()
+    for index in range(4500):
+        model.register_parameter(f"{'deep_' * 200}{index}", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(LayoutError, match="of 4500 trained and 0 other tensors take 4,5"):
+        join(settings_of(("127.0.0.1:1",)), model_parameters(model), SPEC, GradientPlaced(SPEC), "")
 
 
 def test_registration_tells_who_and_where() -> None:

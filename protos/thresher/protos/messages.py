@@ -13,6 +13,9 @@ from thresher.v1 import aggregation_pb2 as pb
 CHUNK_BYTES: Final = 1 << 20
 """Largest part of a payload in one message: 1 MiB reaches most of loopback TCP, unary messages of 10 MB do not."""
 
+MESSAGE_BYTES: Final = 4 << 20
+"""Largest message that gRPC takes by default; what is not cut into chunks must fit."""
+
 
 def layout_to_message(layout: Layout) -> pb.Layout:
     """Write a layout."""

@@ -11,9 +11,9 @@ from typing import final
 
 import torch
 
-from thresher.protos.errors import ProtocolError
+from thresher.protos.errors import LayoutError, ProtocolError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import layout_to_message, optimizer_to_message
+from thresher.protos.messages import MESSAGE_BYTES, layout_to_message, optimizer_to_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import Replica
 from thresher.protos.snapshots import pack_state
@@ -43,6 +43,7 @@ def join(
 
     Raises:
         ConnectionTimeoutError: when a shard does not come up before ``settings.connect_timeout``.
+        LayoutError: when the model has so many tensors that their names and shapes do not fit a message.
         RegistrationError, LayoutError, OptimizerError: as a shard refused.
     """
     layout = model.layout
@@ -87,7 +88,7 @@ def join(
 def _registration(
     settings: Settings, model: ModelParameters, spec: OptimizerSpec, placement: Placement
 ) -> pb.RegisterRequest:
-    return pb.RegisterRequest(
+    request = pb.RegisterRequest(
         rank=settings.rank,
         workers=settings.workers,
         incarnation=secrets.randbits(63) | 1,
@@ -103,6 +104,13 @@ def _registration(
             threads=torch.get_num_threads(),
         ),
     )
+    if request.ByteSize() >= MESSAGE_BYTES:
+        raise LayoutError(
+            f"names and shapes of {len(model.layout.trained)} trained and {len(model.layout.untrained)} other tensors "
+            f"take {request.ByteSize():,} bytes, a registration holds {MESSAGE_BYTES:,}; join small parameters into "
+            "larger ones, or shorten their names"
+        )
+    return request
 
 
 def _begin(
