@@ -1,11 +1,15 @@
 """The connection's settings: plain text stays on this machine unless somebody asked, and both sides agree on pings."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher.protos.errors import ConfigurationError
-from thresher.protos.transport import CHANNEL_OPTIONS, SERVER_OPTIONS, check_address
+from thresher.protos.transport import CHANNEL_OPTIONS, FORK_VARIABLE, SERVER_OPTIONS, check_address
 
 LOOPBACK = ["127.0.0.1:1", "127.8.9.10:65535", "localhost:50051", "[::1]:50051", "127.0.0.1:0"]
 REMOTE = ["10.0.0.7:50051", "0.0.0.0:50051", "shard-0.example.org:50051", "[::]:50051", "[2001:db8::1]:50051"]
@@ -50,3 +54,27 @@ def test_a_server_allows_the_pings_that_workers_send() -> None:
     workers, server = dict(CHANNEL_OPTIONS), dict(SERVER_OPTIONS)
     assert server["grpc.http2.min_recv_ping_interval_without_data_ms"] < workers["grpc.keepalive_time_ms"]
     assert server["grpc.keepalive_permit_without_calls"] == workers["grpc.keepalive_permit_without_calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "variable", "safe", "left"),
+    [
+        ("thresher.worker", None, True, "0"),
+        ("thresher.server.servicer", None, True, "0"),
+        ("thresher.deploy.cli", None, True, "0"),
+        ("grpc", None, False, "0"),
+        ("grpc", "0", True, "0"),
+        ("thresher.worker", "1", True, "1"),
+    ],
+)
+def test_fork_handlers_are_off_before_grpc_is_imported(first: str, variable: str | None, safe: bool, left: str) -> None:
+    """Whichever package comes first, except gRPC itself; and what a user has set stays."""
+    environment = {name: value for name, value in os.environ.items() if name != FORK_VARIABLE}
+    if variable is not None:
+        environment[FORK_VARIABLE] = variable
+    code = (
+        f"import {first}, os, thresher.protos.transport as it, thresher.worker; "
+        f"print(it.FORKS_ARE_SAFE, os.environ[{FORK_VARIABLE!r}])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=60)
+    assert said.split() == [str(safe), left]

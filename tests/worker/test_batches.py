@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from thresher.deploy.in_process import in_process
 from thresher.protos.errors import ConfigurationError
+from thresher.worker import batches
 from thresher.worker.batches import keyed_seed, seed_everything, share
 
 
@@ -203,6 +204,29 @@ def test_worker_processes_beside_open_channels() -> None:
         ((seen, steps),) = cluster.run(work)
     assert steps == 12
     assert Counter(seen) == dict.fromkeys(range(12), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"num_workers": 1, "multiprocessing_context": "fork"}, True),
+        ({"num_workers": 1, "multiprocessing_context": "spawn"}, False),
+        ({"num_workers": 0}, False),
+    ],
+    ids=["fork", "spawn", "no worker processes"],
+)
+def test_forks_that_grpc_may_abort_are_warned_of(
+    options: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script that imports gRPC before Thresher hears what may happen to its loader's worker processes."""
+    loader = loader_of(2, **options)
+    monkeypatch.setattr(batches, "FORKS_ARE_SAFE", False)
+    next(share(loader, seed=0, step=0, rank=0, workers=1))
+    assert ("gRPC was imported before thresher" in caplog.text) == warned
+    caplog.clear()
+    monkeypatch.setattr(batches, "FORKS_ARE_SAFE", True)
+    next(share(loader, seed=0, step=0, rank=0, workers=1))
+    assert not caplog.text
 
 
 @settings(max_examples=20)

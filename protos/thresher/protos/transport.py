@@ -1,9 +1,24 @@
-"""Settings of the gRPC connection that both sides must agree on."""
+"""Settings of gRPC: those of the connection, on which both sides must agree, and one of the process.
+
+Importing this module makes forks safe: gRPC's own fork handlers abort a child now and then when another thread is
+inside a call, as a worker's always is, and forked `DataLoader` workers never speak gRPC. gRPC reads its variable once,
+when it is imported, so the packages that import gRPC import this module first.
+"""
 
 import ipaddress
+import os
+import sys
 from typing import Final
 
 from thresher.protos.errors import ConfigurationError
+
+FORK_VARIABLE: Final = "GRPC_ENABLE_FORK_SUPPORT"
+"""The switch of gRPC's fork handlers. A value that the user has set stays."""
+
+FORKS_ARE_SAFE: Final = FORK_VARIABLE in os.environ or "grpc" not in sys.modules
+"""Whether the switch was set before gRPC read it; otherwise somebody had imported gRPC before Thresher."""
+
+os.environ.setdefault(FORK_VARIABLE, "0")
 
 ERROR_NAME: Final = "thresher-error"
 """Trailing metadata key with the name of the error class, so that the other side raises the same one."""

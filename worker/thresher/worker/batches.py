@@ -1,6 +1,8 @@
 """A worker's share of the data, in an order that depends on (seed, step) alone, and randomness that adds the rank."""
 
 import hashlib
+import logging
+import multiprocessing
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.transport import FORK_VARIABLE, FORKS_ARE_SAFE
+
+_logger = logging.getLogger(__name__)
 
 
 def keyed_seed(*key: object) -> int:
@@ -47,6 +52,12 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
     Raises:
         ConfigurationError: when there is not one sample for each worker.
     """
+    if loader.num_workers and not FORKS_ARE_SAFE and _start_method(loader) == "fork":
+        _logger.warning(
+            "gRPC was imported before thresher, and its fork handlers may abort the worker processes of a DataLoader; "
+            "import thresher first, or set %s=0",
+            FORK_VARIABLE,
+        )
     order_seed = keyed_seed("order", seed, step)
     if isinstance(loader.dataset, IterableDataset):
         yield from _dealt(loader, order_seed, rank, workers)
@@ -75,6 +86,11 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def _start_method(loader: "DataLoader[Any]") -> str:
+    context: Any = loader.multiprocessing_context or multiprocessing
+    return str(context.get_start_method())
 
 
 @contextmanager
