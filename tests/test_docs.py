@@ -34,7 +34,16 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 # What is named in backticks and is not ours.
 FOREIGN = {
-    *("CI", "GradScaler", "DATA", "FOLDER", "OMP_NUM_THREADS", "TEST_OPTIONS"),
+    *(
+        "CI",
+        "DataLoader",
+        "GradScaler",
+        "GRPC_ENABLE_FORK_SUPPORT",
+        "DATA",
+        "FOLDER",
+        "OMP_NUM_THREADS",
+        "TEST_OPTIONS",
+    ),
     *("found_inf", "grad_scale", "load_state_dict", "state_dict", "call_soon_threadsafe", "param_groups", "atexit"),
     *("register_step_pre_hook", "register_step_post_hook", "register_state_dict_pre_hook"),
     *("register_load_state_dict_pre_hook", "_step_supports_amp_scaling", "file_sd_configs", "job_name", "rate"),
