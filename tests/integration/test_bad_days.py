@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +21,15 @@ from thresher.protos.errors import (
     RoundFailedError,
     ThresherError,
 )
+from thresher.protos.optimizers import spec_of
 from thresher.server.server import ServerConfig, ShardServer
 from thresher.server.shard import ShardConfig
+from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Session, Settings, connect
+from thresher.worker.client import ShardClient
+from thresher.worker.joining import _registration
 from thresher.worker.parameters import ModelParameters
+from thresher.worker.placement import GradientPlaced
 
 
 def wrapped(session: Session, **options: Any) -> torch.optim.Optimizer:
@@ -49,6 +55,17 @@ def told(cluster: InProcess, work: Callable[[Session], None]) -> dict[int, str]:
     with pytest.raises(ThresherError):
         cluster.run(remembered)
     return found
+
+
+def registration(addresses: tuple[str, ...], rank: int, shard: int) -> pb.RegisterRequest:
+    """Register as a worker of two that wraps what `wrapped` wraps."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    spec = spec_of(optimizer)
+    settings = Settings(addresses, rank, workers=2, method=Method(threshold=0.0))
+    request = _registration(settings, ModelParameters(model, optimizer), spec, GradientPlaced(spec))
+    request.shard, request.incarnation = shard, 1
+    return request
 
 
 @contextmanager
@@ -290,21 +307,16 @@ def test_a_shard_that_is_lost() -> None:
 
 
 def test_a_worker_that_fails_while_joining_tells_the_others() -> None:
-    """A worker that some shard refuses does not leave those waiting who have joined: they read why."""
-
-    def work(session: Session) -> None:
-        model = nn.Linear(2, 2)
-        if session.rank == 1:  # as large as the other's, so that only the layouts differ
-            model = nn.Linear(5, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        session.wrap(model, optimizer)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-
-    with in_process(shards=2, workers=2, start_timeout=60.0) as cluster:
-        found = told(cluster, work)
-    assert any(said.startswith("LayoutError") for said in found.values())
+    """A worker that shard 0 took and shard 1 refuses does not leave those waiting who have joined: they read why."""
+    with in_process(shards=2, workers=2) as cluster:
+        taker = ShardClient(1, cluster.addresses[1], rank=1, incarnation=1)  # has rank 1 on the second shard only
+        taker.wait_ready(time.monotonic() + 60.0)
+        taker.register(registration(cluster.addresses, rank=1, shard=1))
+        found = told(cluster, lambda session: wrapped(session).step())
+        taker.close()
+    assert found[1].startswith("RegistrationError: rank 1 is taken")
+    assert found[0].startswith("RoundFailedError")
+    assert found[1] in found[0]
 
 
 def test_rank_0_that_fails_before_its_seed_is_not_waited_for() -> None:
