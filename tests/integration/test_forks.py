@@ -6,8 +6,8 @@ import sys
 
 from thresher.protos.transport import FORK_VARIABLE
 
-# In a process of its own, where nothing has imported gRPC before Thresher. A forked child that gRPC aborts is rare:
-# where its fork handlers are on, two and six of 270 were counted, more on busy cores.
+# In a process of its own, where nothing has imported gRPC before Thresher. With gRPC's fork handlers a few of so many
+# children are aborted; fewer forks might meet none.
 FORKS = """
 import os, threading
 import torch

@@ -66,13 +66,29 @@ def test_shards_in_another_order_are_refused() -> None:
             join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
 
 
-def test_a_model_of_too_many_tensors_is_refused() -> None:
-    """What gRPC would refuse without a word on why: a layout larger than one message."""
+def many_tensors(count: int) -> ModelParameters:
+    """A model whose layout takes about a kilobyte for each tensor, and whose state is larger than a chunk."""
     model = nn.Module()
-    for index in range(4500):
+    model.register_parameter("large", nn.Parameter(torch.zeros(300_000)))
+    for index in range(count):
         model.register_parameter(f"{'deep_' * 200}{index}", nn.Parameter(torch.zeros(1)))
-    with pytest.raises(LayoutError, match="of 4500 trained and 0 other tensors take 4,5"):
-        join(settings_of(("127.0.0.1:1",)), model_parameters(model), SPEC, GradientPlaced(SPEC), "")
+    return model_parameters(model)
+
+
+def test_a_model_of_too_many_tensors_is_refused() -> None:
+    """What gRPC would refuse without a word on why: a layout larger than its messages."""
+    with pytest.raises(LayoutError, match="of 3501 trained and 0 other tensors take 3,5"):
+        join(settings_of(("127.0.0.1:1",)), many_tensors(3500), SPEC, GradientPlaced(SPEC), "")
+
+
+def test_the_largest_layout_that_is_not_refused_joins() -> None:
+    """It fits a registration, and a snapshot too, whose first message has a chunk of the state beside the layout."""
+    parameters = many_tensors(3000)
+    with in_process(shards=1, workers=1) as cluster:
+        (joined,) = join(settings_of(cluster.addresses), parameters, SPEC, GradientPlaced(SPEC), "")
+        assert joined.replica.parameters.numel() == 303_000
+        joined.client.leave(0, b"")
+        joined.client.close()
 
 
 def test_registration_tells_who_and_where() -> None:

@@ -13,8 +13,8 @@ from thresher.v1 import aggregation_pb2 as pb
 CHUNK_BYTES: Final = 1 << 20
 """Largest part of a payload in one message: 1 MiB reaches most of loopback TCP, unary messages of 10 MB do not."""
 
-MESSAGE_BYTES: Final = 4 << 20
-"""Largest message that gRPC takes by default; what is not cut into chunks must fit."""
+REGISTRATION_BYTES: Final = 3 << 20
+"""Largest registration: gRPC takes messages of 4 MiB, and a snapshot begins with the layout beside a first chunk."""
 
 
 def layout_to_message(layout: Layout) -> pb.Layout:

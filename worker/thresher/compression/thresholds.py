@@ -87,7 +87,7 @@ class Calibration:
     What it promises: in each calibrated round that worker would have sent at most the wanted density at the proposed
     threshold. What it does not: the mean density of the run. Afterwards the density goes where the gradients go, as
     the threshold is constant, and a calibration shorter than the growth of the early gradients ends too low: the mean
-    density can end up several times above or below the wanted one. A fifth of the run is a good length.
+    density can end up several times above or below the wanted one.
 
     A state machine without a clock: equal observations give equal thresholds.
 

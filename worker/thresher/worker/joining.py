@@ -13,7 +13,7 @@ import torch
 
 from thresher.protos.errors import LayoutError, ProtocolError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import MESSAGE_BYTES, layout_to_message, optimizer_to_message
+from thresher.protos.messages import REGISTRATION_BYTES, layout_to_message, optimizer_to_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import Replica
 from thresher.protos.snapshots import pack_state
@@ -43,8 +43,8 @@ def join(
 
     Raises:
         ConnectionTimeoutError: when a shard does not come up before ``settings.connect_timeout``.
-        LayoutError: when the model has so many tensors that their names and shapes do not fit a message.
-        RegistrationError, LayoutError, OptimizerError: as a shard refused.
+        LayoutError: when the model's tensors are too many to be registered, or as a shard refused.
+        RegistrationError, OptimizerError: as a shard refused.
     """
     layout = model.layout
     slices = layout.slices(len(settings.addresses))
@@ -104,11 +104,11 @@ def _registration(
             threads=torch.get_num_threads(),
         ),
     )
-    if request.ByteSize() >= MESSAGE_BYTES:
+    if request.ByteSize() >= REGISTRATION_BYTES:
         raise LayoutError(
             f"names and shapes of {len(model.layout.trained)} trained and {len(model.layout.untrained)} other tensors "
-            f"take {request.ByteSize():,} bytes, a registration holds {MESSAGE_BYTES:,}; join small parameters into "
-            "larger ones, or shorten their names"
+            f"take {request.ByteSize():,} bytes, a registration holds {REGISTRATION_BYTES:,}; join small parameters "
+            "into larger ones, or shorten their names"
         )
     return request
 
