@@ -113,6 +113,9 @@ def updates(draw: st.DrawFn, piece: Slice = PIECE) -> Update:
         presence=draw(st.tuples(*[st.booleans()] * len(piece.segments))),
         overrides=draw(override_lists),
         next_threshold=draw(st.none() | st.floats(0, 10)),
+        only_mean=draw(st.booleans()),
+        pushed_elements=draw(st.integers(0, 2**40)),
+        push_bytes=draw(st.integers(0, 2**40)),
     )
 
 
@@ -132,7 +135,8 @@ def assert_equal(one: Update, other: Update) -> None:
     assert (one.mean is None) == (other.mean is None)
     if one.mean is not None and other.mean is not None:
         assert one.mean.equals(other.mean)
-    for name in ("version", "members", "contributors", "presence", "overrides", "next_threshold"):
+    names = ("version", "members", "contributors", "presence", "overrides", "next_threshold", "only_mean")
+    for name in (*names, "pushed_elements", "push_bytes"):
         assert getattr(one, name) == getattr(other, name), name
 
 

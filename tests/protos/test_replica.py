@@ -1,6 +1,7 @@
 """The replica: law 8 as a property, and the same bits as torch's own optimizer however the vector is cut."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_skipped_update_moves_the_version_only(kind: str) -> None:
     replica.apply(dense(1))
     before = replica.state()
     replica.apply(Update(2, 3, (), None, (True,) * 4))
+    assert replica.version == 2
+    assert equal_states(replica.state(), before)
+
+
+@each_optimizer
+def test_a_mean_alone_moves_the_version_only(kind: str) -> None:
+    """A mean that the members only wanted to know is no gradient."""
+    replica = Replica(PIECE, spec(kind), {PARAMETERS: start()})
+    replica.apply(dense(1))
+    before = replica.state()
+    replica.apply(replace(dense(2), only_mean=True))
     assert replica.version == 2
     assert equal_states(replica.state(), before)
 

@@ -10,7 +10,8 @@ from thresher.server.iterations import IterationFile
 
 def row(version: int) -> IterationRow:
     return IterationRow(
-        shard=0, numel=10, version=version, members=2, contributors=(0, 1), skipped=False, push_bytes=100,
+        shard=0, numel=10, version=version, members=2, contributors=(0, 1), skipped=False, only_mean=False,
+        push_bytes=100,
         pull_bytes=60, pushed_elements=5, push_density=0.25, update_elements=4, update_density=0.4,
         residual_squared=1.5, threshold=None, learning_rate=0.1, round_seconds=0.5,
     )  # fmt: skip

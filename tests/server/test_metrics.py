@@ -12,13 +12,14 @@ from thresher.server.metrics import ShardMetrics
 from thresher.server.statistics import MemberStatistics, ShardStatistics
 
 ROW = IterationRow(
-    shard=1, numel=1000, version=3, members=2, contributors=(0, 1), skipped=False, push_bytes=900, pull_bytes=800,
-    pushed_elements=30, push_density=0.015, update_elements=20, update_density=0.02, residual_squared=6.25,
+    shard=1, numel=1000, version=3, members=2, contributors=(0, 1), skipped=False, only_mean=False,
+    push_bytes=900, pull_bytes=800, pushed_elements=30, push_density=0.015, update_elements=20,
+    update_density=0.02, residual_squared=6.25,
     threshold=0.5, learning_rate=0.1, round_seconds=0.02,
 )  # fmt: skip
 MEMBERS = (
-    MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 0.015, "a:1", ""),
-    MemberStatistics(1, "left", 2, 800, 600, 30, 0.015, "b:2", ""),
+    MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 3000, 0.015, "a:1", ""),
+    MemberStatistics(1, "left", 2, 800, 600, 30, 2000, 0.015, "b:2", ""),
 )
 NOW = ShardStatistics(
     shard=1, shards=2, state="training", failure="", version=3, numel=1000, model_numel=2000, members=MEMBERS,
@@ -107,7 +108,7 @@ def test_each_shard_has_a_registry_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "ratio"), [((), 1.0), (MEMBERS[:1], 24000 / 1700), ((replace(MEMBERS[0], steps=0),), 0.0)]
+    ("members", "ratio"), [((), 1.0), (MEMBERS[:1], 24000 / 1700), ((replace(MEMBERS[0], pushable_elements=0),), 0.0)]
 )
 def test_the_compression_ratio_is_dense_bytes_over_bytes_moved(
     members: tuple[MemberStatistics, ...], ratio: float

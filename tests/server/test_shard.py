@@ -509,6 +509,34 @@ def test_when_all_skip_the_version_moves_and_the_model_does_not() -> None:
     assert parameters(shard) == [-2.5] * 4  # momentum 0.5 of one step ago, not of two
 
 
+def test_a_mean_alone_moves_the_version_and_nothing_else() -> None:
+    """The mean comes back in the update; model, momentum, densities and total error are as if it had not been."""
+    shard = training()
+    effects: list[Effect] = []
+    for step, only_mean in enumerate([False, True]):
+        for rank in (0, 1):
+            effects = say(shard, push(rank, step, 3.0 if only_mean else 1.0, only_mean=only_mean, residual_squared=1.0))
+    update = only(effects, events.Publish).update
+    assert update.only_mean
+    assert update.mean.values.tolist() == [3.0] * 4
+    assert only(effects, events.Record).row.only_mean
+    assert (shard.statistics().version, parameters(shard)) == (2, [-1.0] * 4)
+    assert shard.statistics().residual_squared_total == 1.0
+    assert {(m.pushed_elements, m.pushable_elements) for m in shard.statistics().members} == {(4, 4)}
+    for rank in (0, 1):
+        say(shard, push(rank, 2, 1.0))
+    assert parameters(shard) == [-2.5] * 4  # momentum 0.5 of the step before the mean
+
+
+def test_members_that_disagree_on_a_mean_are_told() -> None:
+    """A gradient is not averaged with a residual: the second one is REJECTED."""
+    shard = training()
+    say(shard, push(0, 0, 1.0, only_mean=True))
+    result = only(say(shard, push(1, 0, 1.0)), Judged)
+    assert result.verdict is Verdict.REJECTED
+    assert "disagree in step 0: one wants a mean only" in result.reason
+
+
 def test_a_schedule_travels_with_the_pushes() -> None:
     """The hyper-parameters in force are those of the round, and the snapshot shows them."""
     shard = training()

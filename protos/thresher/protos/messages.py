@@ -108,6 +108,9 @@ def update_to_messages(update: Update) -> list[pb.ExchangeResponse]:
         presence=pack_presence(update.presence),
         overrides=overrides_to_messages(update.overrides),
         next_threshold=update.next_threshold,
+        only_mean=update.only_mean,
+        pushed_elements=update.pushed_elements,
+        push_bytes=update.push_bytes,
     )
     frame = b"" if update.mean is None else encode(update.mean)
     return [
@@ -135,6 +138,9 @@ def update_from_message(body: pb.Update, frame: bytearray, piece: Slice) -> Upda
         presence=presence,
         overrides=overrides_from_messages(body.overrides),
         next_threshold=body.next_threshold if body.HasField("next_threshold") else None,
+        only_mean=body.only_mean,
+        pushed_elements=body.pushed_elements,
+        push_bytes=body.push_bytes,
     )
 
 

@@ -58,7 +58,7 @@ class Replica:
             OptimizerError: when torch refuses the step (amsgrad switched on midway); the replica is spoilt then.
         """
         self._check(update)
-        if update.mean is not None:
+        if update.mean is not None and not update.only_mean:
             self._step(update.mean, update.presence, update.overrides)
         self.version = update.version
 

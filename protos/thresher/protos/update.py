@@ -24,6 +24,9 @@ class Update:
         presence: Segments that at least one contributor had a gradient for; the optimizer leaves the rest alone.
         overrides: Hyper-parameters in force that differ from the registered ones.
         next_threshold: Threshold for the coming round; None for methods without one.
+        only_mean: The members wanted the mean alone: the version moves, the model does not.
+        pushed_elements: How many elements the contributors pushed, together.
+        push_bytes: In how many bytes of exchange messages.
     """
 
     version: int
@@ -33,6 +36,9 @@ class Update:
     presence: Presence
     overrides: tuple[Override, ...] = ()
     next_threshold: float | None = None
+    only_mean: bool = False
+    pushed_elements: int = 0
+    push_bytes: int = 0
 
 
 def pack_presence(presence: Sequence[bool]) -> bytes:

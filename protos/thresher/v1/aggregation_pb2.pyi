@@ -529,6 +529,7 @@ class Push(google.protobuf.message.Message):
     OVERRIDES_FIELD_NUMBER: builtins.int
     RESIDUAL_SQUARED_FIELD_NUMBER: builtins.int
     NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
+    ONLY_MEAN_FIELD_NUMBER: builtins.int
     step: builtins.int
     """The worker's step, counted from 0."""
     version: builtins.int
@@ -541,6 +542,8 @@ class Push(google.protobuf.message.Message):
     """Sum of squares of the residual this worker keeps on this shard's slice, after this push."""
     next_threshold: builtins.float
     """Threshold that rank 0 proposes for the next round; absent on other ranks and for methods without one."""
+    only_mean: builtins.bool
+    """True when the members only want the mean of what they push: the version moves, the model does not."""
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
         """Hyper-parameters that differ from the registered ones."""
@@ -555,9 +558,10 @@ class Push(google.protobuf.message.Message):
         overrides: collections.abc.Iterable[global___Override] | None = ...,
         residual_squared: builtins.float = ...,
         next_threshold: builtins.float | None = ...,
+        only_mean: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Push = Push
@@ -697,6 +701,9 @@ class Update(google.protobuf.message.Message):
     PRESENCE_FIELD_NUMBER: builtins.int
     OVERRIDES_FIELD_NUMBER: builtins.int
     NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
+    ONLY_MEAN_FIELD_NUMBER: builtins.int
+    PUSHED_ELEMENTS_FIELD_NUMBER: builtins.int
+    PUSH_BYTES_FIELD_NUMBER: builtins.int
     version: builtins.int
     """The version this update creates."""
     members: builtins.int
@@ -707,6 +714,12 @@ class Update(google.protobuf.message.Message):
     """Trained tensors of this shard that at least one contributor had a gradient for; empty means all."""
     next_threshold: builtins.float
     """Threshold for the next round; absent for methods without one."""
+    only_mean: builtins.bool
+    """True when the members only wanted the mean: the version moves, the model does not."""
+    pushed_elements: builtins.int
+    """Elements that the contributors pushed, together."""
+    push_bytes: builtins.int
+    """Bytes of exchange messages in which they came."""
     @property
     def contributors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ranks whose pushes are in the mean, ascending; empty means 0 … members - 1, or none where `skipped` is set."""
@@ -725,9 +738,12 @@ class Update(google.protobuf.message.Message):
         presence: builtins.bytes = ...,
         overrides: collections.abc.Iterable[global___Override] | None = ...,
         next_threshold: builtins.float | None = ...,
+        only_mean: builtins.bool = ...,
+        pushed_elements: builtins.int = ...,
+        push_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "contributors", b"contributors", "members", b"members", "next_threshold", b"next_threshold", "overrides", b"overrides", "presence", b"presence", "skipped", b"skipped", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "contributors", b"contributors", "members", b"members", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "push_bytes", b"push_bytes", "pushed_elements", b"pushed_elements", "skipped", b"skipped", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Update = Update

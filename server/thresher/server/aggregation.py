@@ -2,44 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-
+from thresher.protos.mean import mean_of
 from thresher.protos.optimizers import OptimizerSpec, Override
-from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Update
 from thresher.server.events import IterationRow, Push
-
-
-def mean_of(pushes: Sequence[SparseGradient], members: int) -> SparseGradient:
-    """Return the sum of ``pushes``, in the order given, divided by ``members``.
-
-    The support is the union of theirs. A coordinate that a push does not hold counts as zero, so a push is weighted
-    1/members whoever else sent the coordinate (design §6; arXiv:2108.00951, Algorithm 1).
-
-    Law: with every coordinate in every push this equals ``(p0 + p1 + …) / members`` of the dense vectors, bit for bit.
-
-    Args:
-        pushes: At least one, all of the same numel, in rank order.
-        members: The divisor, at least ``len(pushes)``.
-
-    Examples:
-        >>> one, other = SparseGradient.empty(3), SparseGradient.dense(torch.tensor([2.0, 4.0, 0.0]))
-        >>> mean_of([one, other], members=2).densify()
-        tensor([1., 2., 0.])
-    """
-    if all(push.count == push.numel for push in pushes):
-        total = pushes[0].values.clone()
-        for push in pushes[1:]:
-            total.add_(push.values)
-        return SparseGradient.dense(total.div_(members))
-    numel = pushes[0].numel
-    total = torch.full((numel,), -0.0)  # the identity of IEEE addition: 0.0 would turn a sum of -0.0 into 0.0
-    touched = torch.zeros(numel, dtype=torch.bool)
-    for push in pushes:
-        total[push.indices] += push.values
-        touched[push.indices] = True
-    indices = touched.nonzero().view(-1)
-    return SparseGradient(indices, total[indices].div_(members), numel)
 
 
 def update_of(pushes: Sequence[Push], members: int, version: int, threshold: float | None) -> Update:
@@ -62,6 +28,9 @@ def update_of(pushes: Sequence[Push], members: int, version: int, threshold: flo
         presence=presence if heard else (True,) * len(pushes[0].presence),
         overrides=pushes[0].overrides,
         next_threshold=proposals[0] if proposals else threshold,
+        only_mean=pushes[0].only_mean,
+        pushed_elements=sum(gradient.count for _, gradient in heard),
+        push_bytes=sum(push.wire_bytes for push in pushes),
     )
 
 
@@ -76,7 +45,6 @@ def row_of(
     round_seconds: float,
 ) -> IterationRow:
     """Return the round's line of the per-iteration file, as far as it is known before the update has been sent."""
-    elements = sum(push.gradient.count for push in pushes if push.gradient is not None)
     return IterationRow(
         shard=shard,
         numel=numel,
@@ -84,10 +52,11 @@ def row_of(
         members=update.members,
         contributors=update.contributors,
         skipped=update.mean is None,
-        push_bytes=sum(push.wire_bytes for push in pushes),
+        only_mean=update.only_mean,
+        push_bytes=update.push_bytes,
         pull_bytes=0,
-        pushed_elements=elements,
-        push_density=elements / (update.members * numel),
+        pushed_elements=update.pushed_elements,
+        push_density=update.pushed_elements / (update.members * numel),
         update_elements=update.mean.count if update.mean is not None else 0,
         update_density=update.mean.density if update.mean is not None else 0.0,
         residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),

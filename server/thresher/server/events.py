@@ -74,6 +74,7 @@ class Push:
     overrides: tuple[Override, ...] = ()
     residual_squared: float = 0.0
     next_threshold: float | None = None
+    only_mean: bool = False
     wire_bytes: int = 0
     content: int = 0
 
@@ -149,7 +150,8 @@ class IterationRow:
     """The truth about one round on one shard: a line of the per-iteration file. Sums are over the contributors.
 
     ``push_density`` is pushed elements over members times slice; ``residual_squared`` the mean over contributors of
-    the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with.
+    the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with. In an
+    ``only_mean`` round nothing was compressed and the model stayed as it is: it is no part of densities.
     """
 
     shard: int
@@ -158,6 +160,7 @@ class IterationRow:
     members: int
     contributors: tuple[int, ...]
     skipped: bool
+    only_mean: bool
     push_bytes: int
     pull_bytes: int
     pushed_elements: int

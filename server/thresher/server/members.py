@@ -5,7 +5,8 @@ from enum import StrEnum
 from typing import final
 
 from thresher.protos.errors import ProtocolError, RegistrationError
-from thresher.server.events import Register, Worker
+from thresher.server.events import Push, Register, Worker
+from thresher.server.statistics import MemberStatistics
 
 
 class MemberState(StrEnum):
@@ -39,12 +40,38 @@ class Member:
     push_bytes: int = 0
     pull_bytes: int = 0
     pushed_elements: int = 0
+    pushable_elements: int = 0
     density: float = 0.0
 
     @property
     def takes_part(self) -> bool:
         """True until it has left: rounds wait for it and it counts in the divisor."""
         return self.state is not MemberState.LEFT
+
+    def count(self, push: Push, numel: int) -> None:
+        """Book a push that was taken; what is pushed for a mean only is no part of densities."""
+        self.steps, self.version, self.last_content = push.step + 1, push.version, push.content
+        self.push_bytes += push.wire_bytes
+        if not push.only_mean:
+            elements = push.gradient.count if push.gradient is not None else 0
+            self.pushed_elements += elements
+            self.pushable_elements += numel
+            self.density = elements / numel
+
+    def statistics(self) -> MemberStatistics:
+        """Return a frozen picture of the member."""
+        return MemberStatistics(
+            rank=self.rank,
+            state=self.state,
+            steps=self.steps,
+            push_bytes=self.push_bytes,
+            pull_bytes=self.pull_bytes,
+            pushed_elements=self.pushed_elements,
+            pushable_elements=self.pushable_elements,
+            density=self.density,
+            origin=self.origin,
+            metrics_address=self.metrics_address,
+        )
 
     def __str__(self) -> str:
         """For people: ``worker 2 (host:pid)``."""

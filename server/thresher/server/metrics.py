@@ -121,7 +121,7 @@ class ShardMetrics(Collector):
 
 
 def _pushable(now: ShardStatistics) -> int:
-    return now.numel * sum(member.steps for member in now.members)
+    return sum(member.pushable_elements for member in now.members)
 
 
 def _counter(name: str, text: str, shard: str, value: float) -> CounterMetricFamily:

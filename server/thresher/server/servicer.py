@@ -150,7 +150,7 @@ class AggregationServicer(AggregationServiceServicer):
             workers=[
                 pb.WorkerStatistics(
                     rank=m.rank, state=m.state, steps=m.steps, push_bytes=m.push_bytes, pull_bytes=m.pull_bytes,
-                    pushed_elements=m.pushed_elements, pushable_elements=m.steps * now.numel, density=m.density,
+                    pushed_elements=m.pushed_elements, pushable_elements=m.pushable_elements, density=m.density,
                     origin=m.origin, metrics_address=m.metrics_address,
                 )
                 for m in now.members
@@ -338,6 +338,7 @@ class AggregationServicer(AggregationServiceServicer):
                 overrides=overrides_from_messages(push.overrides),
                 residual_squared=push.residual_squared,
                 next_threshold=push.next_threshold if push.HasField("next_threshold") else None,
+                only_mean=push.only_mean,
                 wire_bytes=wire_bytes,
                 content=_digest(push, payload),
             )

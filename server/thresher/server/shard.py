@@ -23,7 +23,7 @@ from thresher.server.events import Effect, Event, IterationRow, Judged, Push, Ve
 from thresher.server.log import UpdateLog
 from thresher.server.members import Member, Members, MemberState
 from thresher.server.registration import check_registration
-from thresher.server.statistics import MemberStatistics, ShardStatistics
+from thresher.server.statistics import ShardStatistics
 
 
 @final
@@ -126,13 +126,6 @@ class Shard:
 
     def statistics(self) -> ShardStatistics:
         """Return a frozen picture of the shard."""
-        members = tuple(
-            MemberStatistics(
-                m.rank, m.state, m.steps, m.push_bytes, m.pull_bytes, m.pushed_elements, m.density, m.origin,
-                m.metrics_address,
-            )
-            for m in self._members.all
-        )  # fmt: skip
         return ShardStatistics(
             shard=self._config.shard,
             shards=self._config.shards,
@@ -141,7 +134,7 @@ class Shard:
             version=self._version,
             numel=self._slice.numel if self._slice else 0,
             model_numel=self._model.layout.numel if self._model else 0,
-            members=members,
+            members=tuple(member.statistics() for member in self._members.all),
             verdicts={str(verdict): count for verdict, count in self._verdicts.items()},
             residual_squared_total=self._residual_squared_total,
             log_bytes=self._log.bytes,
@@ -233,11 +226,7 @@ class Shard:
             self._opened_at = self._last_warning = now
         self._open[member.rank] = push
         self._verdicts[Verdict.APPLIED] += 1
-        member.steps, member.version, member.last_content = push.step + 1, push.version, push.content
-        member.push_bytes += push.wire_bytes
-        count = push.gradient.count if push.gradient is not None else 0
-        member.pushed_elements += count
-        member.density = count / self.slice.numel
+        member.count(push, self.slice.numel)
         return self._close_if_complete(now)
 
     def _judge(self, push: Push, member: Member) -> Judged | None:
@@ -266,6 +255,9 @@ class Shard:
     def _judge_overrides(self, push: Push, member: Member) -> Judged | None:
         self._spec.checked(push.overrides)
         for other in self._open.values():
+            if other.only_mean != push.only_mean:
+                reason = f"{member} and worker {other.worker.rank} disagree in step {push.step}: one wants a mean only"
+                return Judged(push.step, Verdict.REJECTED, reason)
             if other.overrides != push.overrides:
                 reason = (
                     f"members disagree on hyper-parameters in step {push.step}: {member} has {list(push.overrides)}, "
@@ -298,7 +290,8 @@ class Shard:
             return self._fail(str(error))
         self._log.append(update)
         self._overrides, self._threshold = update.overrides, update.next_threshold
-        self._residual_squared_total += row.residual_squared
+        if not row.only_mean:
+            self._residual_squared_total += row.residual_squared
         self._open = {}
         self._log.cut(min(member.version for member in present))
         self._unpublished = row

@@ -18,6 +18,7 @@ class MemberStatistics:
     push_bytes: int
     pull_bytes: int
     pushed_elements: int
+    pushable_elements: int
     density: float
     origin: str
     metrics_address: str
