@@ -7,8 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.compression import Compressor, ErrorFeedback, HardThreshold, Identity, TopK
-from thresher.compression.base import check_density, check_finite, kept
+from thresher.compression import (
+    Compressor,
+    ErrorFeedback,
+    HardThreshold,
+    Identity,
+    LayerWise,
+    Quantized,
+    StochasticRounding,
+    TopK,
+)
+from thresher.compression.base import check_compressor, check_density, check_finite, check_state, described, kept
 from thresher.protos.errors import ConfigurationError, NonFiniteGradientError
 
 NUMEL = 12
@@ -17,7 +26,7 @@ COMPRESSORS: list[Compressor] = [
     HardThreshold(0.0),
     HardThreshold(0.7),
     TopK(0.25),
-    TopK(0.5, sizes=[1, 8, 3]),
+    LayerWise(TopK(0.5), [(1,), (2, 4), (3,)]),
 ]
 
 each_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda compressor: compressor.describe())
@@ -56,7 +65,7 @@ def test_compress_splits_and_leaves_its_input_alone(compressor: Compressor, grad
 @each_compressor
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_coordinate_is_never_dropped(compressor: Compressor, value: float) -> None:
-    """NaN fails every comparison, and still is sent and not lost."""
+    """NaN fails every comparison, and what chooses by magnitude still sends it; it is never lost in silence."""
     gradient = torch.ones(NUMEL)
     gradient[4] = value
     assert 4 in compressor.compress(gradient).indices.tolist()
@@ -80,8 +89,8 @@ def test_descriptions_tell_all_settings_apart() -> None:
 @each_compressor
 def test_empty_gradient_has_an_empty_message(compressor: Compressor) -> None:
     """A vector without elements is no special case."""
-    if isinstance(compressor, TopK) and compressor.sizes:
-        compressor = TopK(compressor.density, sizes=[])
+    if isinstance(compressor, LayerWise):
+        compressor = LayerWise(compressor.compressor, [])
     assert compressor.compress(torch.empty(0)).count == 0
 
 
@@ -128,3 +137,33 @@ def test_kept_is_at_least_one_and_at_most_all(density: float, numel: int) -> Non
     k = kept(density, numel)
     assert k == (0 if numel == 0 else max(1, int(density * numel)))
     assert k <= numel
+
+
+def test_a_description_is_the_call() -> None:
+    """Fields without a default by position, others by name where they differ, methods inside as calls."""
+    assert described(TopK(0.5)) == "TopK(0.5)"
+    assert described(StochasticRounding(0.25)) == "StochasticRounding(0.25)"
+    assert described(StochasticRounding(0.25, seed=3)) == "StochasticRounding(0.25, seed=3)"
+    assert described(Quantized(TopK(0.5), StochasticRounding(0.25))) == "Quantized(TopK(0.5), StochasticRounding(0.25))"
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"method": "TopK(0.25)"}, r"belongs to TopK\(0\.25\), this is TopK\(0\.5\)"),
+        ({}, r"not a state of TopK\(0\.5\): expected the keys \['method'\], found \[\]"),
+        ({"method": "TopK(0.5)", "more": 1}, "found \\['method', 'more'\\]"),
+    ],
+)
+def test_states_of_something_else_are_refused(state: dict[str, object], why: str) -> None:
+    """What differs is named."""
+    with pytest.raises(ConfigurationError, match=why):
+        check_state("TopK(0.5)", state, {"method"})
+    check_state("TopK(0.5)", {"method": "TopK(0.5)"}, {"method"})
+
+
+def test_what_is_no_compressor_is_refused() -> None:
+    """A feedback goes around compressors, never into them."""
+    check_compressor("LayerWise", TopK(0.5))
+    with pytest.raises(ConfigurationError, match="LayerWise takes compressors, not a ErrorFeedback"):
+        check_compressor("LayerWise", ErrorFeedback(TopK(0.5), 3))

@@ -9,7 +9,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from thresher.compression import Calibration, ErrorFeedback, HardThreshold, paper_threshold, quantile_threshold
+from thresher.compression.base import Round
+from thresher.compression.error_feedback import ErrorFeedback
+from thresher.compression.hard_threshold import HardThreshold
+from thresher.compression.thresholds import Calibration, paper_threshold, precision_threshold, quantile_threshold
 from thresher.protos.errors import ConfigurationError, NonFiniteGradientError
 
 densities = st.floats(0.01, 1.0)
@@ -36,6 +39,37 @@ def test_paper_threshold_refuses_no_elements(k: float) -> None:
     """It takes at least some element to send."""
     with pytest.raises(ConfigurationError, match="k must be a finite number above 0"):
         paper_threshold(k)
+
+
+@given(
+    st.floats(1e-6, 1e3),
+    st.floats(1e-4, 10.0),
+    st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=5, max_size=5), min_size=1, max_size=6),
+)
+def test_precision_threshold_keeps_the_residual_below_the_precision(
+    precision: float, learning_rate: float, rounds: list[list[float]]
+) -> None:
+    """‖γe‖² ≤ ε after any sequence of gradients: below ε but for rounding."""
+    feedback = ErrorFeedback(HardThreshold(precision_threshold(precision, 5, learning_rate)), numel=5)
+    for gradient in rounds:
+        feedback.compress(torch.tensor(gradient))
+        assert float((learning_rate * feedback.residual.double()).square().sum()) <= precision * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["precision", "numel", "learning_rate"])
+def test_precision_threshold_refuses_what_is_not_above_zero(name: str, bad: float) -> None:
+    """Each argument by its name."""
+    arguments: dict[str, Any] = {"precision": 1.0, "numel": 1, "learning_rate": 1.0, name: bad}
+    with pytest.raises(ConfigurationError, match=name.replace("_", " ")):
+        precision_threshold(**arguments)
+
+
+@pytest.mark.parametrize(("precision", "learning_rate"), [(1e300, 1e-300), (1e-300, 1e300)])
+def test_precision_threshold_refuses_one_that_is_out_of_range(precision: float, learning_rate: float) -> None:
+    """Arguments in range whose threshold is not."""
+    with pytest.raises(ConfigurationError, match="no usable threshold"):
+        precision_threshold(precision, 1, learning_rate)
 
 
 @given(vectors | tied_vectors, densities)
@@ -100,13 +134,13 @@ def test_calibrated_density_is_near_the_target_on_steady_gradients(spread: float
     gradients = [drift + scale * torch.randn(numel, generator=generator) for _ in range(300)]
 
     calibration = Calibration(density, steps)
-    first = quantile_threshold(gradients[0], density)
-    feedback = ErrorFeedback(HardThreshold(first), numel)
+    first = threshold = quantile_threshold(gradients[0], density)
+    feedback = ErrorFeedback(HardThreshold(), numel)
     sent = 0
     for gradient in gradients:
         corrected = gradient + feedback.residual
-        sent += feedback.compress(gradient).count
-        feedback.compressor = HardThreshold(calibration.observe(corrected))
+        sent += feedback.compress(gradient, Round(threshold=threshold)).count
+        threshold = calibration.observe(corrected)
     uncalibrated = ErrorFeedback(HardThreshold(first), numel)
     sent_uncalibrated = sum(uncalibrated.compress(gradient).count for gradient in gradients)
 

@@ -1,25 +1,41 @@
 """Error feedback: what is not sent now is added to the next gradient."""
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from thresher.compression.base import Compressor, Guarantee, check_finite, check_flat
+from thresher.compression.base import FIRST_ROUND, Compressor, Guarantee, Round, check_finite, check_state
+from thresher.compression.feedback import Feedback, check_tensor
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.sparse import SparseGradient
 
 
+@runtime_checkable
+class Correcting(Protocol):
+    """A compressor that adds, selects and keeps the rest in fewer passes over memory than one after the other."""
+
+    def compress_corrected(self, gradient: Tensor, residual: Tensor, round: Round) -> SparseGradient:
+        """``compress(gradient + residual, round)``, with what is not sent left in ``residual``; both [numel] float32.
+
+        Raises:
+            ConfigurationError: the round lacks what the compressor needs. Nothing has changed then.
+        """
+        ...
+
+
 @final
-class ErrorFeedback:
+class ErrorFeedback(Feedback):
     """Compresses gradient + residual, and keeps what was not sent as the next residual.
 
     Law: ``sent + residual_after == gradient + residual_before``, to the bit when the compressor is a sparsifier. Hence
     over any number of steps everything sent plus the residual is everything put in. A gradient that is refused changes
-    nothing; if the compressor itself fails, nothing is sent and the gradient is in the residual already.
+    nothing; if the compressor itself fails, nothing is sent, and the gradient is in the residual already unless the
+    compressor is :class:`Correcting`.
 
-    ``compressor`` may be replaced between steps, for instance by one with another threshold; the residual stays.
+    With a :class:`Correcting` compressor (the hard threshold) a step is one pass over memory, and one more to look for
+    NaN and infinity; :meth:`compress_finite` leaves that one out.
 
     Args:
         compressor: what to send of each sum. Its ``guarantee`` must declare that it conserves.
@@ -31,7 +47,8 @@ class ErrorFeedback:
 
     References:
         Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; Karimireddy et al., "Error feedback fixes
-        SignSGD", arXiv:1901.09847; in gradient units as in Algorithm 2 of arXiv:2108.00951.
+        SignSGD", arXiv:1901.09847; in gradient units as in Algorithm 2 of arXiv:2108.00951, in update units as in its
+        Algorithm 1.
 
     Examples:
         >>> from thresher.compression import HardThreshold
@@ -45,19 +62,15 @@ class ErrorFeedback:
     def __init__(self, compressor: Compressor, numel: int, *, device: torch.device | str = "cpu") -> None:
         if numel < 0:
             raise ConfigurationError(f"numel must not be negative, not {numel}")
-        self.compressor = compressor
+        if not compressor.guarantee.conserves:
+            raise ConfigurationError(f"{compressor.describe()} does not conserve, so it has no error to feed back")
+        self._compressor = compressor
         self._residual = torch.zeros(numel, dtype=torch.float32, device=device)
 
     @property
     def compressor(self) -> Compressor:
         """What is applied to gradient + residual."""
         return self._compressor
-
-    @compressor.setter
-    def compressor(self, compressor: Compressor) -> None:
-        if not compressor.guarantee.conserves:
-            raise ConfigurationError(f"{compressor.describe()} does not conserve, so it has no error to feed back")
-        self._compressor = compressor
 
     @property
     def residual(self) -> Tensor:
@@ -71,9 +84,9 @@ class ErrorFeedback:
 
     def describe(self) -> str:
         """Such as ``ErrorFeedback(HardThreshold(0.01))``."""
-        return f"ErrorFeedback({self.compressor.describe()})"
+        return f"ErrorFeedback({self._compressor.describe()})"
 
-    def compress(self, gradient: Tensor) -> SparseGradient:
+    def compress(self, gradient: Tensor, round: Round = FIRST_ROUND) -> SparseGradient:
         """What is sent of ``gradient`` + residual; ``gradient``, [numel] float32, is not modified.
 
         Raises:
@@ -82,42 +95,42 @@ class ErrorFeedback:
         """
         self._check_fits(gradient)
         check_finite(gradient)
+        return self.compress_finite(gradient, round)
+
+    def compress_finite(self, gradient: Tensor, round: Round = FIRST_ROUND) -> SparseGradient:
+        """As :meth:`compress`, for a caller that has looked for NaN and infinity itself: they would be let in here.
+
+        Raises:
+            ConfigurationError: another shape, dtype or device.
+        """
+        self._check_fits(gradient)
+        if isinstance(self._compressor, Correcting):
+            return self._compressor.compress_corrected(gradient, self._residual, round)
         # In place, because a second vector as large as the model is what this class should not cost.
         corrected = self._residual.add_(gradient)
-        sent = self.compressor.compress(corrected)
+        sent = self._compressor.compress(corrected, round)
         if sent.count == sent.numel:
             corrected.sub_(sent.values)
         else:
-            corrected.index_add_(0, sent.indices, sent.values, alpha=-1)
+            corrected[sent.indices] = corrected[sent.indices] - sent.values
         return sent
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the state: the residual, and the description of the compressor it belongs to."""
-        return {"compressor": self.compressor.describe(), "residual": self._residual.clone()}
+        """A copy of the state: the residual, and the state of the compressor."""
+        return {
+            "method": self.describe(),
+            "residual": self._residual.clone(),
+            "compressor": self._compressor.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state from :meth:`state_dict`.
 
         Raises:
-            ConfigurationError: the state belongs to another compressor or another numel (both are named), or is not
-                such a state; nothing is changed.
+            ConfigurationError: the state belongs to another method or another numel (both are named), or is not such a
+                state; nothing is changed.
         """
-        if set(state) != {"compressor", "residual"}:
-            raise ConfigurationError(f"not the state of an ErrorFeedback: found the keys {sorted(state)}")
-        if state["compressor"] != self.compressor.describe():
-            raise ConfigurationError(
-                f"the state belongs to {state['compressor']}, this is {self.compressor.describe()}: "
-                "load it with its own compressor, then replace that"
-            )
-        residual = state["residual"]
-        if not isinstance(residual, Tensor):
-            raise ConfigurationError(f"the residual in the state is a {type(residual).__name__}, not a tensor")
-        self._check_fits(residual.to(self._residual.device))
+        check_state(self.describe(), state, {"method", "residual", "compressor"})
+        residual = check_tensor("residual", state["residual"], self._residual)
+        self._compressor.load_state_dict(state["compressor"])
         self._residual.copy_(residual)
-
-    def _check_fits(self, vector: Tensor) -> None:
-        check_flat(vector)
-        if vector.numel() != self._residual.numel():
-            raise ConfigurationError(f"expected a vector of numel {self._residual.numel()}, found {vector.numel()}")
-        if vector.device != self._residual.device:
-            raise ConfigurationError(f"expected a vector on {self._residual.device}, found one on {vector.device}")

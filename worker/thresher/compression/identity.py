@@ -5,13 +5,13 @@ from typing import final
 
 from torch import Tensor
 
-from thresher.compression.base import Guarantee, check_flat
+from thresher.compression.base import FIRST_ROUND, Guarantee, Round, Sparsifier, check_flat
 from thresher.protos.sparse import SparseGradient
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Sparsifier):
     """Keeps every coordinate. Baseline: the uncompressed run takes the same path as the compressed one.
 
     Examples:
@@ -22,14 +22,10 @@ class Identity:
 
     @property
     def guarantee(self) -> Guarantee:
-        """Nothing is lost: absolute with κ = 0, relative with δ = 1."""
-        return Guarantee(conserves=True, kappa=lambda _: 0.0, delta=lambda _: 1.0)
+        """Nothing is lost: absolute with κ = 0, relative with δ = 1, unbiased with ω = 0."""
+        return Guarantee(conserves=True, kappa=lambda _: 0.0, delta=lambda _: 1.0, omega=lambda _: 0.0)
 
-    def describe(self) -> str:
-        """``Identity()``."""
-        return "Identity()"
-
-    def compress(self, gradient: Tensor) -> SparseGradient:
+    def compress(self, gradient: Tensor, round: Round = FIRST_ROUND) -> SparseGradient:
         """All of ``gradient``, [numel] float32, copied.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Where a threshold comes from: a rule, a quantile, or a calibration on the first steps."""
+"""Where a threshold comes from: a rule, a precision, a quantile, or a calibration on the first steps."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from thresher.compression.base import check_density, check_finite, check_flat, k
 from thresher.protos.errors import ConfigurationError
 
 # Below this, processors may treat a float32 as zero, and every coordinate reaches a threshold of zero.
-_SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
+_SMALLEST_THRESHOLD: Final = torch.finfo(torch.float32).tiny
 
 
 def paper_threshold(k: float) -> float:
@@ -36,6 +36,42 @@ def paper_threshold(k: float) -> float:
     if not (math.isfinite(k) and k > 0):
         raise ConfigurationError(f"k must be a finite number above 0, not {k}")
     return 1.0 / (2.0 * math.sqrt(k))
+
+
+def precision_threshold(precision: float, numel: int, learning_rate: float) -> float:
+    """The threshold λ = (1/γ) √(ε/d) for a target precision ε: the residual stays below it.
+
+    With error feedback no coordinate of the residual reaches λ, so in units of the parameters ‖γe‖² < γ²dλ² = ε at
+    every step, and ‖x - x*‖² is taken to end near ε too. Presumes a constant step size.
+
+    Args:
+        precision: ε, the squared distance to the optimum that is good enough, > 0.
+        numel: d, the number of parameters, > 0.
+        learning_rate: γ, > 0.
+
+    Returns:
+        λ in the unit of the gradient.
+
+    Raises:
+        ConfigurationError: an argument, or the threshold itself, is not a finite number above 0.
+
+    References:
+        Sahu et al., arXiv:2108.00951, appendix C.3 and Remark 5.
+
+    Examples:
+        >>> precision_threshold(precision=1e-4, numel=100, learning_rate=0.1)
+        0.01
+    """
+    for name, value in (("precision", precision), ("numel", numel), ("learning rate", learning_rate)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigurationError(f"{name} must be a finite number above 0, not {value}")
+    threshold = math.sqrt(precision / numel) / learning_rate
+    if not (math.isfinite(threshold) and threshold > 0):
+        raise ConfigurationError(
+            f"precision {precision} over {numel} parameters at learning rate {learning_rate} gives no usable "
+            f"threshold, {threshold}: choose another precision"
+        )
+    return threshold
 
 
 def quantile_threshold(vector: Tensor, density: float) -> float:
