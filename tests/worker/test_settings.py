@@ -9,15 +9,16 @@ from thresher.worker import Method, Settings
 from thresher.worker.settings import settings_from
 
 methods = st.one_of(
-    st.just(Method(compressor="identity")),
+    st.sampled_from([Method("Identity"), Method("Layers(TopK(0.1), {'*.bias': Identity})", nonfinite="skip")]),
     st.builds(Method, threshold=st.floats(0, 1e9), nonfinite=st.sampled_from(["refuse", "skip"])),
-    st.builds(Method, density=st.floats(1e-9, 1), paper_rule=st.booleans()),
+    st.builds(Method, density=st.floats(1e-9, 1), rule=st.sampled_from(["budget", "calibrated", "paper"])),
+    st.builds(Method, budget=st.integers(1, 10**15), steps=st.integers(1, 10**9)),
     st.builds(
         Method,
-        compressor=st.just("top-k"),
-        density=st.floats(1e-9, 1),
-        layer_wise=st.booleans(),
-        placement=st.sampled_from(["gradient", "update"]),
+        precision=st.floats(1e-9, 1),
+        placement=st.just("update"),
+        period=st.integers(1, 1000),
+        outer=st.sampled_from(["", "SGD(lr=0.7, momentum=0.9)"]),
     ),
 )
 addresses = st.builds("{}:{}".format, st.sampled_from(["127.0.0.1", "[::1]", "shard-0.example"]), st.integers(0, 65535))
@@ -33,6 +34,7 @@ def every_settings(draw: st.DrawFn) -> Settings:
         seed=draw(st.integers(-(2**70), 2**70)),
         method=draw(methods),
         connect_timeout=draw(st.floats(0, 1e9)),
+        threshold_factor=draw(st.floats(1e-9, 1e9)),
         metrics_listen=draw(st.none() | addresses),
         insecure=draw(st.booleans()),
     )
@@ -72,8 +74,9 @@ def test_without_shards_the_way_to_start_is_told() -> None:
         ("DENSITY", ""),
         ("CONNECT_TIMEOUT", "soon"),
         ("INSECURE", "yes"),
-        ("PAPER_RULE", "true"),
-        ("LAYER_WISE", "2"),
+        ("THRESHOLD_FACTOR", "two"),
+        ("PERIOD", "often"),
+        ("BUDGET", "500MB"),
     ],
 )
 def test_ill_formed_variables_are_named(name: str, value: str) -> None:
@@ -90,7 +93,9 @@ def test_ill_formed_variables_are_named(name: str, value: str) -> None:
         ({"THRESHER_RANK": "-1"}, r"rank -1 is not one of 0 … 1"),
         ({"THRESHER_CONNECT_TIMEOUT": "nan"}, "connect timeout must be finite"),
         ({"THRESHER_CONNECT_TIMEOUT": "-1"}, "connect timeout must be finite"),
-        ({"THRESHER_COMPRESSOR": "topk", "THRESHER_DENSITY": "0.5"}, "not 'topk'"),
+        ({"THRESHER_COMPRESSOR": "topk"}, "no method 'topk'"),
+        ({"THRESHER_THRESHOLD_FACTOR": "0"}, "threshold factor must be a finite number > 0"),
+        ({"THRESHER_THRESHOLD_FACTOR": "nan"}, "threshold factor must be a finite number > 0"),
         ({"THRESHER_THRESHOLD": "nan"}, "not nan"),
     ],
 )

@@ -18,17 +18,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from thresher.deploy import bench
 from thresher.protos.errors import ConfigurationError, ThresherError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bench.app, name="bench")
 
 
-class CompressorChoice(StrEnum):
-    """What ``--compressor`` takes."""
+class RuleChoice(StrEnum):
+    """What ``--rule`` takes."""
 
-    HARD_THRESHOLD = "hard-threshold"
-    TOP_K = "top-k"
-    IDENTITY = "identity"
+    BUDGET = "budget"
+    CALIBRATED = "calibrated"
+    PAPER = "paper"
 
 
 class PlacementChoice(StrEnum):
@@ -56,16 +58,25 @@ def launch(
     script: Annotated[list[str], typer.Argument(help="The training script and its arguments.")],
     shards: Annotated[int, typer.Option(envvar="THRESHER_SHARD_COUNT", help="Shard processes.")] = 1,
     workers: Annotated[int, typer.Option(envvar="THRESHER_WORKERS", help="Worker processes.")] = 2,
-    compressor: Annotated[CompressorChoice, typer.Option(help="What is sent.")] = CompressorChoice.HARD_THRESHOLD,
+    compressor: Annotated[str, typer.Option(help="What is sent, such as 'TopK(0.01)'.")] = "HardThreshold",
     threshold: Annotated[float | None, typer.Option(help="λ of the hard threshold, in gradient units.")] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Wanted fraction; a hard threshold is calibrated on the first steps.")
+    density: Annotated[float | None, typer.Option(help="Wanted mean density of the run; λ follows it.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wanted bytes of the whole run, such as 500MB; λ follows it. Needs --steps.")
     ] = None,
-    paper_rule: Annotated[bool, typer.Option(help="λ = 1/(2√k), k = density · parameters.")] = False,
-    layer_wise: Annotated[bool, typer.Option(help="Top-k for each tensor.")] = False,
+    precision: Annotated[float | None, typer.Option(help="Wanted precision ε; λ = √(ε/parameters)/γ.")] = None,
+    rule: Annotated[RuleChoice, typer.Option(help="How λ follows from --density.")] = RuleChoice.BUDGET,
+    steps: Annotated[int | None, typer.Option(help="Rounds of the whole run, where known.")] = None,
+    threshold_factors: Annotated[
+        str | None, typer.Option(help="Factors on λ, one for each worker: 1,1,2 spares the last one's uplink.")
+    ] = None,
     placement: Annotated[
-        PlacementChoice, typer.Option(help="Compress gradients, or finished updates of plain SGD.")
+        PlacementChoice, typer.Option(help="Compress gradients, or what the worker's optimizer has moved.")
     ] = PlacementChoice.GRADIENT,
+    period: Annotated[int, typer.Option(help="Local steps per round; more than 1 needs --placement update.")] = 1,
+    outer: Annotated[
+        str, typer.Option(help="Optimizer of the shards for what was moved, such as 'SGD(lr=0.7, momentum=0.9)'.")
+    ] = "",
     nonfinite: Annotated[
         NonFiniteChoice, typer.Option(help="NaN or infinity in a gradient: refuse the step, or skip it.")
     ] = NonFiniteChoice.REFUSE,
@@ -81,15 +92,18 @@ def launch(
     """Train SCRIPT on shards and workers of this machine."""
     from thresher.deploy import launch as launching
     from thresher.deploy.display import Display
-    from thresher.deploy.results import results_table
+    from thresher.deploy.results import read_bytes, results_table
     from thresher.worker.method import Method
 
     out, err = Console(), Console(stderr=True)
     with _errors_told(err), launching.StopSignals() as stop:
-        if (compressor, threshold, density) == (CompressorChoice.HARD_THRESHOLD, None, None):
-            raise ConfigurationError("say what to send: --density 0.01, or --threshold, or --compressor identity")
-        method = Method(compressor.value, threshold, density, paper_rule, layer_wise, placement.value, nonfinite.value)
-        config = launching.LaunchConfig(tuple(script), shards, workers, method, seed, round_timeout, lease, linger)
+        method = Method(
+            compressor, threshold, density, None if budget is None else read_bytes(budget), precision, rule.value,
+            steps, placement.value, period, outer, nonfinite.value,
+        )  # fmt: skip
+        config = launching.LaunchConfig(
+            tuple(script), shards, workers, method, seed, round_timeout, lease, linger, _factors(threshold_factors)
+        )
         folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
         with Display(err) as display:
@@ -166,6 +180,14 @@ def _wait_eof(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     while os.read(0, 4096):
         pass
     loop.call_soon_threadsafe(stop.set)
+
+
+def _factors(text: str | None) -> tuple[float, ...]:
+    """Return the factors in ``text``; none where there is no text. Raises ConfigurationError naming what is none."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise ConfigurationError(f"threshold factors are numbers, such as 1,1,2, not {text!r}") from None
 
 
 def _run_folder(runs: Path, name: str) -> Path:

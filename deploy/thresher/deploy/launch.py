@@ -100,6 +100,7 @@ class LaunchConfig:
         round_timeout: Seconds a round waits for a worker that is connected.
         lease: Seconds a round waits for a worker whose connection broke.
         linger: Seconds the shards stay up after the last worker has left, for a last scrape.
+        threshold_factors: Factors on the run's λ, one for each worker; none means 1 for all.
     """
 
     command: tuple[str, ...]
@@ -110,12 +111,18 @@ class LaunchConfig:
     round_timeout: float = 600.0
     lease: float = 5.0
     linger: float = 0.0
+    threshold_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check before anything is started."""
         if self.shards < 1 or self.workers < 1:
             raise ConfigurationError(
                 f"a run needs at least one shard and one worker, not {self.shards}, {self.workers}"
+            )
+        if self.threshold_factors and len(self.threshold_factors) != self.workers:
+            raise ConfigurationError(
+                f"{len(self.threshold_factors)} threshold factors for {self.workers} workers; give each one, in the "
+                "order of their ranks"
             )
         if not self.command or not Path(self.command[0]).is_file():
             raise ConfigurationError(f"there is no script {self.command[0] if self.command else ''!r}")
@@ -209,10 +216,11 @@ class Launch:
         return [sys.executable, "-m", "thresher.deploy", "serve", *flat, "--until-stdin-closes"]
 
     def _start_workers(self, addresses: Sequence[str]) -> None:
-        for rank in range(self._config.workers):
+        factors = self._config.threshold_factors or (1.0,) * self._config.workers
+        for rank, factor in enumerate(factors):
             settings = Settings(
                 tuple(addresses), rank, self._config.workers, self._config.seed, self._config.method,
-                connect_timeout=_START_SECONDS, metrics_listen="127.0.0.1:0",
+                connect_timeout=_START_SECONDS, metrics_listen="127.0.0.1:0", threshold_factor=factor,
             )  # fmt: skip
             command = [sys.executable, "-u", *self._config.command]
             self._workers.append(self._child(f"worker {rank}", command, settings.environment()))
@@ -312,8 +320,8 @@ def launch(
     """
     runs = {"sparse": (config, folder)}
     if baseline:
-        everything = Method(threshold=0.0, placement=config.method.placement, nonfinite=config.method.nonfinite)
-        runs["dense"] = (replace(config, method=everything), folder / "dense")
+        everything = Method(threshold=0.0, nonfinite=config.method.nonfinite)
+        runs["dense"] = (replace(config, method=everything, threshold_factors=()), folder / "dense")
     results: dict[str, RunResult] = {}
     for name, (one, where) in runs.items():
         with Launch(one, where, f"{name}: {Path(one.command[0]).name}", stop) as run:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thresher.protos.accounting import compression_ratio, dense_bytes
-from thresher.protos.errors import ProtocolError
+from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.protos.layout import Layout
 from thresher.protos.replica import PARAMETERS, whole_optimizer_state
 from thresher.v1 import aggregation_pb2 as pb
@@ -108,6 +109,25 @@ def bytes_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def read_bytes(text: str) -> int:
+    """Return the byte count that people write, in decimal units: the inverse of `bytes_text`, up to its digits.
+
+    Raises:
+        ConfigurationError: when it is none, or below 1.
+
+    >>> read_bytes("500MB"), read_bytes("1.5 GB"), read_bytes("2000")
+    (500000000, 1500000000, 2000)
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*(k|M|G|T)?B?", text.strip())
+    try:
+        count = int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else 0
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigurationError(f"{text!r} is no number of bytes; write it as 500MB, 2GB or 1000000")
+    return count
+
+
 def merge_iterations(parts: Iterable[Path], whole: Path) -> None:
     """Fold the shards' per-iteration files into one with a row per round of the whole model.
 
@@ -125,7 +145,7 @@ def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     numel = sum(row["numel"] for row in rows)
     summed = ("push_bytes", "pull_bytes", "pushed_elements", "update_elements", "residual_squared")
     total = {name: sum(row[name] for row in rows) for name in summed}
-    shared = ("version", "members", "contributors", "skipped", "threshold", "learning_rate")
+    shared = ("version", "members", "contributors", "skipped", "only_mean", "threshold", "learning_rate")
     return {
         "time": max(row["time"] for row in rows),
         **{name: first[name] for name in shared},

@@ -64,7 +64,9 @@ def join(
             answer = client.register(request)
             registered.append(client)
             if settings.rank == 0 and not answer.seeded:
-                client.seed(pack_state(model.state(piece), model.untrained() if client.shard == 0 else {}))
+                client.seed(
+                    pack_state(placement.seed(model.state(piece)), model.untrained() if client.shard == 0 else {})
+                )
         joined = [
             _begin(client, piece, model, placement.shard_optimizer, settings.connect_timeout)
             for client, piece in zip(clients, slices, strict=True)

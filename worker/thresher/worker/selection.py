@@ -1,13 +1,18 @@
-"""What one worker sends of each step: error feedback around a compressor whose threshold may come from the run."""
+"""What one worker sends of each round: a feedback whose threshold may come from the run."""
 
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
 
-from thresher.compression import ErrorFeedback, HardThreshold, quantile_threshold
+from thresher.compression import Round, quantile_threshold
 from thresher.protos.layout import Layout
+from thresher.protos.optimizers import Hyperparameters
 from thresher.protos.sparse import SparseGradient
-from thresher.worker.method import Method
+from thresher.protos.update import Update
+from thresher.worker.placement import Message
+from thresher.worker.settings import Settings
+from thresher.worker.steering import Budgeted, Calibrated, Steering
 
 
 @final
@@ -15,51 +20,58 @@ class Selection:
     """A method at work. One λ per run: rank 0 proposes it, it travels in the update, everybody adopts it.
 
     Args:
-        method: What to send.
+        settings: What to send, and this worker's factor on λ.
         layout: The model.
+        groups: Hyper-parameters of the user's optimizer.
     """
 
-    def __init__(self, method: Method, layout: Layout) -> None:
+    def __init__(self, settings: Settings, layout: Layout, groups: Sequence[Hyperparameters]) -> None:
         """Begin with an empty residual."""
-        self._feedback = ErrorFeedback(method.compressor_for(layout), layout.numel)
-        self._calibration = method.calibration()
-        self._density = method.density
-        self._thresholded = method.compressor == "hard-threshold"
-        self.threshold = method.fixed_threshold(layout)  # in the unit of the gradient; None until it is calibrated
+        method = settings.method
+        self.feedback = method.feedback_for(layout)
+        self.threshold = method.fixed_threshold(layout, groups)  # in the unit of the gradient; None until it is found
+        self._rank = settings.rank
+        self._factor = settings.threshold_factor
+        self._steering: Steering | None = None
+        if self.threshold is None and method.rule == "calibrated" and method.density is not None:
+            self._steering = Calibrated(method.density)
+        elif self.threshold is None and (method.density is not None or method.budget is not None):
+            self._steering = Budgeted(
+                layout.numel, settings.workers, density=method.density, budget=method.budget, steps=method.steps
+            )
 
     @property
     def residual(self) -> Tensor:
         """What has not been sent yet, [numel] float32."""
-        return self._feedback.residual
+        return self.feedback.residual
 
-    def select(self, message: Tensor, scale: float) -> SparseGradient:
-        """Return what is sent of ``message`` + residual, and keep the rest.
-
-        Args:
-            message: [numel] float32, finite.
-            scale: The unit of messages in units of gradients; the threshold is λ·scale (arXiv:2108.00951, C_γ).
-        """
-        if scale == 0.0:
-            return SparseGradient.empty(message.numel())  # a step of size 0; a threshold of 0 would send the residual
-        if self._thresholded:
-            self._feedback.compressor = HardThreshold(self._lambda(message, scale) * scale)
-        return self._feedback.compress(message)
-
-    def propose(self, sent: SparseGradient | None, scale: float) -> float | None:
-        """Return rank 0's λ for the next round, after ``sent`` was selected; None for methods without one."""
-        if self._calibration is None or self._calibration.finished or sent is None or scale == 0.0:
-            return self.threshold
-        corrected = self.residual.clone()
-        corrected[sent.indices] += sent.values
-        return self._calibration.observe(corrected.div_(scale))
-
-    def adopt(self, threshold: float | None) -> None:
-        """Take the run's λ for the next step."""
+    def select(self, message: Message, number: int) -> SparseGradient:
+        """Return what is sent of ``message`` and the residual in round ``number``, and keep the rest."""
+        threshold = self.threshold
+        if threshold is None and self._steering is not None:
+            # Nobody has proposed one yet: each worker keeps the largest of its own first message.
+            threshold = quantile_threshold(message.vector, self._steering.density) / message.scale
         if threshold is not None:
-            self.threshold = threshold
+            threshold *= self._factor
+        here = Round(number, 0, threshold, message.scale, self._rank, message.rate)
+        return self.feedback.compress(message.vector, here)
 
-    def _lambda(self, message: Tensor, scale: float) -> float:
-        if self.threshold is not None or self._density is None:
-            return self.threshold or 0.0
-        # Nobody has proposed one yet: each worker keeps the largest of its own first gradient.
-        return quantile_threshold(message, self._density) / scale
+    def propose(self, message: Message | None, sent: SparseGradient | None) -> float | None:
+        """Return rank 0's λ for the next round, after ``sent`` was selected; None for methods without one."""
+        if self._steering is None or message is None or sent is None:
+            return self.threshold
+
+        def corrected() -> Tensor:
+            whole = self.residual.clone()
+            whole[sent.indices] += sent.values
+            return whole.div_(message.scale)
+
+        return self._steering.observe(corrected, sent.density)
+
+    def adopt(self, updates: Sequence[Update], pulled_bytes: int = 0) -> None:
+        """Take the run's λ for the next round, and hear in how many bytes the updates came."""
+        if self._steering is not None:
+            self._steering.settle(updates, pulled_bytes)
+        for update in updates:
+            if update.next_threshold is not None:
+                self.threshold = update.next_threshold

@@ -4,32 +4,36 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thresher.protos.codec import encode
-from thresher.protos.errors import NonFiniteGradientError, ProtocolError, ThresherError
-from thresher.protos.messages import overrides_to_messages
-from thresher.protos.optimizers import Hyperparameters, Override, hyperparameters_of, spec_of
+from thresher.compression import Feedback
+from thresher.protos.errors import ConfigurationError, NonFiniteGradientError, ProtocolError, ThresherError
+from thresher.protos.optimizers import OptimizerSpec, hyperparameters_of, spec_of
 from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import check_address
-from thresher.protos.update import Presence, pack_presence
-from thresher.v1 import aggregation_pb2 as pb
+from thresher.protos.update import Presence
 from thresher.worker.batches import keyed_seed, seed_everything, share
-from thresher.worker.joining import JoinedShard, join
+from thresher.worker.joining import join
 from thresher.worker.metrics import WorkerMetrics
+from thresher.worker.outer import outer_spec
 from thresher.worker.parameters import ModelParameters
+from thresher.worker.placement import GradientPlaced, Placement, UpdatePlaced
+from thresher.worker.rounds import Rounds
 from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings, settings_from
 from thresher.worker.statistics import WorkerStatistics
 
 _logger = logging.getLogger(__name__)
+
+EvaluationPoint = Literal["synced", "virtual"]
 
 
 def connect(addresses: str | None = None, *, settings: Settings | None = None) -> "Session":
@@ -62,7 +66,7 @@ class Session:
         for address in settings.addresses:
             check_address(address, insecure=settings.insecure)
         self._settings = settings
-        self._shards: list[JoinedShard] = []
+        self._rounds = Rounds(())
         self._metrics: WorkerMetrics | None = None
         self._step = 0
         self._batch = 0  # batches taken since the last step: gradients may be accumulated over several
@@ -83,7 +87,7 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Number of steps this worker has made."""
+        """Number of optimizer steps this worker has made."""
         return self._step
 
     @property
@@ -120,27 +124,34 @@ class Session:
         """
         if self._closed:
             raise ProtocolError("this session is closed; connect anew")
-        if self._shards:
+        if self._rounds.shards:
             raise ProtocolError("this session has wrapped an optimizer already; use one session for one model")
         spec = spec_of(optimizer)
-        method = self._settings.method
         self._optimizer = optimizer
         self._model = ModelParameters(model, optimizer)
-        layout = self._model.layout
-        self._placement = method.placement_of(spec, layout)
-        self._selection = Selection(method, layout)
+        self._selection = Selection(self._settings, self._model.layout, spec.groups)
+        self._placement = self._placement_of(spec, self._selection.feedback)
         if self._settings.metrics_listen is not None:
             self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
         metrics_address = self._metrics.address if self._metrics is not None else ""
         try:
-            self._shards = join(self._settings, self._model, spec, self._placement, metrics_address)
+            self._rounds = Rounds(join(self._settings, self._model, spec, self._placement, metrics_address))
         except BaseException:
             self._end()
             raise
         atexit.register(self._at_exit)
+        self._restart()
         self._count(None, compress_seconds=0.0, wait_seconds=0.0)
         self._hook()
         return self
+
+    def _placement_of(self, spec: OptimizerSpec, feedback: Feedback) -> Placement:
+        method, layout = self._settings.method, self._model.layout
+        if method.placement == "gradient":
+            return GradientPlaced(spec, getattr(feedback, "momentum", 0.0))
+        (whole,) = layout.slices(1)
+        outer = outer_spec(method.outer, len(spec.groups))
+        return UpdatePlaced(spec, outer, whole, self._model.state(whole), feedback.detached)
 
     def batches(self, loader: "DataLoader[Any]") -> Iterator[Any]:
         """Yield one pass over this worker's share of a loader's data; randomness is keyed by (seed, rank, step).
@@ -176,11 +187,13 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
+        if self._rounds.shards:
+            self._model.assign(self._rounds.pieces)  # all workers end with the same parameters
         try:
-            for index, shard in enumerate(self._shards):
+            for index, shard in enumerate(self._rounds.shards):
                 bring_buffers = self.rank == 0 and index == 0
                 buffers = pack_state({}, self._model.untrained(buffers_only=True)) if bring_buffers else b""
-                shard.client.leave(self._step, buffers)
+                shard.client.leave(self._rounds.number, buffers)
         finally:
             self._end()
 
@@ -190,7 +203,7 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        for shard in self._shards:
+        for shard in self._rounds.shards:
             shard.client.abort(reason)
         self._end()
 
@@ -207,63 +220,85 @@ class Session:
         else:
             self.abort(f"{type(error).__name__}: {error}")
 
+    @contextmanager
+    def evaluating(self, point: EvaluationPoint = "synced") -> Iterator[None]:
+        """Put the parameters that are worth evaluating into the model, for the length of the block.
+
+        With DEF, CSER and local steps the model is between steps not where the run is, but where this worker takes its
+        gradients; otherwise ``synced`` changes nothing.
+
+        Args:
+            point: ``synced``, the shards' x; or ``virtual``, x - mean residual, which removes the lag of what has not
+                been sent. The latter is a round of its own, dense, in which all workers must take part at the same
+                step (arXiv:2004.05298; the point at which its official code evaluates).
+
+        Raises:
+            ConfigurationError: ``virtual`` makes sense only for update-placed methods without an outer optimizer.
+            ProtocolError: before `wrap`.
+        """
+        self._selecting  # noqa: B018 - it refuses before `wrap`
+        pieces = self._rounds.pieces
+        if point == "virtual":
+            self._check_virtual()
+            mean = self._rounds.mean(self.residual.clone())
+            pieces = [(piece, x - mean[piece.begin : piece.end]) for piece, x in pieces]
+        self._model.assign(pieces)
+        try:
+            yield
+        finally:
+            self._show()
+
+    def _check_virtual(self) -> None:
+        method = self._settings.method
+        if method.placement != "update" or method.outer:
+            raise ConfigurationError(
+                "the virtual point x - mean residual needs a residual in units of the parameters: placement 'update', "
+                f"and no outer optimizer; this run is {method.describe()}"
+            )
+
     # The step
 
     def _exchange(self, *, skip: bool, inverse_scale: float) -> None:
-        """Make one step with all shards."""
+        """Make one step: alone between rounds, and with all shards where a round is due."""
         groups = hyperparameters_of(self._optimizer)
-        scale, overrides = self._placement.scale(groups), self._placement.overrides(groups)
+        overrides = self._placement.overrides(groups)
         begin = time.perf_counter()
-        sent, presence = (None, ()) if skip else self._select(groups, scale, inverse_scale)
-        proposal = self._selecting.propose(sent, scale) if self.rank == 0 else None
-        compressed = time.perf_counter()
-        for shard in self._shards:
-            shard.client.push(*self._push(shard, sent, presence, overrides, proposal))
-        for shard in self._shards:
-            update = shard.client.wait_update(shard.slice)
-            shard.replica.apply(update)
-            self._selecting.adopt(update.next_threshold)
-        self._model.assign([(shard.slice, shard.replica.parameters) for shard in self._shards])
+        gradient = None if skip else self._gradient(inverse_scale)
+        if gradient is not None:
+            self._placement.take(*gradient, groups)
         self._step, self._batch = self._step + 1, 0
+        if self._step % self._settings.method.period:
+            self._show()
+            return
+        message = self._placement.message()
+        sent = None if message is None else self._selecting.select(message, self._rounds.number)
+        presence = () if message is None or sent is None else self._model.heard(message.presence, sent)
+        proposal = self._selecting.propose(message, sent) if self.rank == 0 else None
+        compressed = time.perf_counter()
+        self._selecting.adopt(*self._rounds.exchange(sent, presence, overrides, proposal, self.residual))
+        self._restart()
         self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
 
-    def _select(
-        self, groups: Sequence[Hyperparameters], scale: float, inverse_scale: float
-    ) -> tuple[SparseGradient | None, Presence]:
-        """Return what is sent of this step's gradient, and which tensors have one; None when the step is skipped."""
-        gradient, presence = self._model.gather(inverse_scale)
+    def _gradient(self, inverse_scale: float) -> tuple[Tensor, Presence] | None:
+        """Return the model's flat gradient, and which tensors have one; None when the step is skipped."""
+        gradient = self._model.gather(inverse_scale)
         try:
             self._model.check_finite(self.rank, self._step)
         except NonFiniteGradientError as error:
             if self._settings.method.nonfinite == "refuse":
                 raise
             _logger.warning("skipped: %s", error)
-            return None, ()
-        parameters = [shard.replica.parameters for shard in self._shards]
-        sent = self._selecting.select(self._placement.message(gradient, presence, parameters, groups), scale)
-        return sent, self._model.heard(presence, sent)
+            return None
+        return gradient
 
-    def _push(
-        self,
-        shard: JoinedShard,
-        sent: SparseGradient | None,
-        presence: Presence,
-        overrides: Sequence[Override],
-        proposal: float | None,
-    ) -> tuple[pb.Push, bytes]:
-        """Cut out of what is sent what goes to one shard: the push and its frame."""
-        piece = shard.slice
-        residual = self.residual[piece.begin : piece.end]
-        push = pb.Push(
-            step=self._step,
-            version=shard.replica.version,
-            skipped=sent is None,
-            presence=pack_presence([presence[segment.tensor] for segment in piece.segments if presence]),
-            overrides=overrides_to_messages(overrides),
-            residual_squared=float(torch.dot(residual, residual)),
-            next_threshold=proposal,
-        )
-        return push, b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
+    def _restart(self) -> None:
+        """Begin the next round from where the shards are."""
+        self._placement.begin(self._rounds.pieces, self.residual)
+        self._show()
+
+    def _show(self) -> None:
+        """Put into the model where the next gradient is to be taken."""
+        self._model.assign(self._placement.point(self._rounds.pieces))
 
     def _count(self, sent: SparseGradient | None, *, compress_seconds: float, wait_seconds: float) -> None:
         then = self._statistics
@@ -272,9 +307,9 @@ class Session:
             steps=self._step,
             skipped=then.skipped + (sent is None and self._step > 0),
             numel=self._model.layout.numel,
-            push_bytes=tuple(shard.client.push_bytes for shard in self._shards),
-            pull_bytes=tuple(shard.client.pull_bytes for shard in self._shards),
-            setup_bytes=sum(shard.client.setup_bytes for shard in self._shards),
+            push_bytes=tuple(shard.client.push_bytes for shard in self._rounds.shards),
+            pull_bytes=tuple(shard.client.pull_bytes for shard in self._rounds.shards),
+            setup_bytes=sum(shard.client.setup_bytes for shard in self._rounds.shards),
             pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
             density=sent.density if sent is not None else 0.0,
             residual_norm=float(self.residual.norm()),
@@ -315,7 +350,7 @@ class Session:
         self._hidden = []
 
     def _before_state_dict(self, *_: Any) -> None:
-        self._model.publish_state([shard.replica.state() for shard in self._shards])
+        self._model.publish_state(self._placement.state([shard.replica for shard in self._rounds.shards]))
 
     def _before_load_state_dict(self, *_: Any) -> None:
         raise ProtocolError(
@@ -337,7 +372,7 @@ class Session:
             _logger.error("%s", failure)  # noqa: TRY400 - it says all; a traceback of the exit would not help
 
     def _end(self) -> None:
-        for shard in self._shards:
+        for shard in self._rounds.shards:
             shard.client.close()
         if self._metrics is not None:
             self._metrics.close()

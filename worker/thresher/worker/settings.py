@@ -9,10 +9,13 @@ from typing import Any, Final, TypeVar, final
 from thresher.protos.errors import ConfigurationError
 from thresher.worker.method import Method
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value", int, float, str)
 
 _PREFIX: Final = "THRESHER_"
 _EVERYTHING: Final = Method(threshold=0.0)
+_KINDS: Final = {
+    "threshold": float, "density": float, "precision": float, "budget": int, "steps": int, "period": int,
+}  # fmt: skip
 
 
 @final
@@ -27,6 +30,7 @@ class Settings:
         seed: Keys data order and randomness, together with rank and step.
         method: What is sent.
         connect_timeout: Seconds to wait for the shards to come up.
+        threshold_factor: This worker's factor on the run's λ: above 1 where its uplink is slow.
         metrics_listen: ``host:port`` of the Prometheus endpoint; port 0 takes a free one, None serves none.
         insecure: Plain text beyond this machine is fine.
     """
@@ -37,6 +41,7 @@ class Settings:
     seed: int = 0
     method: Method = _EVERYTHING
     connect_timeout: float = 60.0
+    threshold_factor: float = 1.0
     metrics_listen: str | None = None
     insecure: bool = False
 
@@ -48,6 +53,8 @@ class Settings:
             raise ConfigurationError(f"rank {self.rank} is not one of 0 … {self.workers - 1}")
         if not (math.isfinite(self.connect_timeout) and self.connect_timeout >= 0):
             raise ConfigurationError(f"connect timeout must be finite seconds >= 0, not {self.connect_timeout}")
+        if not (math.isfinite(self.threshold_factor) and self.threshold_factor > 0):
+            raise ConfigurationError(f"threshold factor must be a finite number > 0, not {self.threshold_factor}")
 
     def environment(self) -> dict[str, str]:
         """Return the variables that `settings_from` reads: how a launcher tells a worker."""
@@ -57,6 +64,7 @@ class Settings:
             "WORKERS": self.workers,
             "SEED": self.seed,
             "CONNECT_TIMEOUT": self.connect_timeout,
+            "THRESHOLD_FACTOR": self.threshold_factor,
             "METRICS": self.metrics_listen,
             "INSECURE": self.insecure,
             **{field.name.upper(): getattr(self.method, field.name) for field in fields(Method)},
@@ -83,16 +91,13 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
             "`thresher launch script.py`, or set THRESHER_SHARDS, THRESHER_RANK and THRESHER_WORKERS"
         )
     method: dict[str, Any] = {
-        "compressor": found.get("COMPRESSOR", "hard-threshold"),
-        "threshold": _read(found, "THRESHOLD", float),
-        "density": _read(found, "DENSITY", float),
-        "paper_rule": _flag(found, "PAPER_RULE"),
-        "layer_wise": _flag(found, "LAYER_WISE"),
-        "placement": found.get("PLACEMENT", "gradient"),
-        "nonfinite": found.get("NONFINITE", "refuse"),
+        field.name: _read(found, field.name.upper(), _KINDS.get(field.name, str))
+        for field in fields(Method)
+        if field.name.upper() in found
     }
-    if (method["compressor"], method["threshold"], method["density"]) == ("hard-threshold", None, None):
+    if not method.keys() & {"compressor", "threshold", "density", "budget", "precision"}:
         method["threshold"] = 0.0
+    factor = _read(found, "THRESHOLD_FACTOR", float)
     timeout = _read(found, "CONNECT_TIMEOUT", float)
     return Settings(
         addresses=tuple(address for address in found["SHARDS"].split(",") if address),
@@ -101,6 +106,7 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
         seed=_read(found, "SEED", int) or 0,
         method=Method(**method),
         connect_timeout=60.0 if timeout is None else timeout,
+        threshold_factor=1.0 if factor is None else factor,
         metrics_listen=found.get("METRICS"),
         insecure=_flag(found, "INSECURE"),
     )
@@ -113,7 +119,7 @@ def _required(found: Mapping[str, str], name: str) -> int:
     return value
 
 
-def _read(found: Mapping[str, str], name: str, kind: type[Number]) -> Number | None:
+def _read(found: Mapping[str, str], name: str, kind: type[Value]) -> Value | None:
     if name not in found:
         return None
     try:

@@ -1,0 +1,72 @@
+"""``thresher bench``: what compressing and encoding cost on this machine, beside what else there is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thresher.protos.errors import ConfigurationError
+
+app = typer.Typer(no_args_is_help=True, help="Measure compressing and encoding on this machine.")
+
+_ELEMENTS = "25000000,250000000"
+_DENSITIES = "1e-4,1e-3,1e-2,1e-1"
+
+
+@app.command()
+def compress(
+    elements: Annotated[str, typer.Option(help="Sizes of the gradient, in float32 numbers.")] = _ELEMENTS,
+    densities: Annotated[str, typer.Option(help="Fractions that are sent.")] = _DENSITIES,
+    threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Add the residual, select, keep the rest: one pass over memory, beside torch's own operations."""
+    from thresher.deploy.bench_compress import measure
+
+    rows = measure(_numbers(elements, int), _numbers(densities, float), _numbers(threads, int))
+    _show(rows, as_json=as_json, title="compress")
+
+
+@app.command()
+def wire(
+    elements: Annotated[int, typer.Option(help="Length of the vector.")] = 25_000_000,
+    densities: Annotated[str, typer.Option(help="Fractions that are sent.")] = _DENSITIES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Bytes per element sent, and the speed of encoding and decoding on one thread."""
+    from thresher.deploy.bench_wire import measure
+
+    _show(measure(elements, _numbers(densities, float)), as_json=as_json, title="wire")
+
+
+def _numbers(text: str, kind: type[Any]) -> list[Any]:
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) <= 0:
+        raise typer.BadParameter(f"{text!r} is no list of numbers above 0, such as 1,2")
+    return numbers
+
+
+def _show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, title: str) -> None:
+    if not rows:
+        raise ConfigurationError("nothing was measured")
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:  # noqa: ANN401 - whatever a measurement found
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
