@@ -31,6 +31,9 @@ WITHOUT_MIRROR = {
 # Public names of thresher.compression that are no method from the literature, and why.
 WITHOUT_SOURCE = {
     "Compressor": "the contract itself",
+    "Feedback": "the other contract",
+    "Quantizer": "a kind of compressor",
+    "Sparsifier": "a kind of compressor",
 }
 
 

@@ -7,9 +7,10 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import typer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from thresher.compression.catalogue import COMPRESSORS, FEEDBACKS
+from thresher.compression.feedback import Where
 from thresher.deploy.cli import app
 from thresher.deploy.in_process import in_process
 from thresher.protos.codec import encode
@@ -97,6 +100,17 @@ def known() -> set[str]:
     return {*names(), *(name for inside in names().values() for name in inside)} | {
         name for text in tests for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
     }
+
+
+def test_the_page_of_compressors_has_them_all() -> None:
+    """Every method of the catalogue is in its tables, and what runs where is what the classes say."""
+    text = (ROOT / "docs" / "compressors.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    cells = " ".join(cell for row in rows for cell in row)
+    assert [name for name in (*COMPRESSORS, *FEEDBACKS) if f"`{name}`" not in cells] == []
+    places = get_args(Where)
+    told = {row[0].strip("`"): [cell == "yes" for cell in row[-len(places) :]] for row in rows if row[-1] == "yes"}
+    assert told == {name: [place in method.runs_in for place in places] for name, method in FEEDBACKS.items()}
 
 
 def prose(page: Path) -> str:
@@ -207,7 +221,7 @@ def script_options() -> set[str]:
 @each_page
 def test_every_environment_variable_exists(page: Path) -> None:
     environment = set(Settings(("a:1",), 0, 1, metrics_listen="a:2").environment())
-    environment |= {"THRESHER_DENSITY", "THRESHER_THRESHOLD"}  # only one of them is set at a time
+    environment |= {f"THRESHER_{field.name.upper()}" for field in fields(Method)}  # not all of them are set at a time
     environment |= {str(param.envvar) for params in parameters().values() for param in params if param.envvar}
     found = set(re.findall(r"\bTHRESHER_[A-Z_]+\b", page.read_text(encoding="utf-8")))
     assert not sorted(found - environment)

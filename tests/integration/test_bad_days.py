@@ -168,8 +168,8 @@ def test_models_that_differ_are_shown_side_by_side() -> None:
     [
         ({"lr": 0.25}, None, "'lr': 0.25"),
         ({"momentum": 0.5}, None, "'momentum': 0.5"),
-        ({}, Method(threshold=1.0), "hard-threshold 1.0"),
-        ({}, Method(compressor="identity"), "identity"),
+        ({}, Method(threshold=1.0), "threshold 1.0"),
+        ({}, Method("Identity"), "Identity"),
         ({}, Method(threshold=0.0, placement="update"), "update-placed"),
     ],
 )
@@ -180,7 +180,7 @@ def test_workers_that_disagree_from_the_start(options: dict[str, Any], method: M
         with pytest.raises(RegistrationError) as caught:
             wrapped(cluster.connect(1, method), **options)
     assert text in str(caught.value)
-    assert "hard-threshold 0.0, gradient-placed" in str(caught.value)
+    assert "HardThreshold, threshold 0.0, gradient-placed" in str(caught.value)
 
 
 # In the middle of a run
@@ -231,7 +231,7 @@ def test_a_worker_that_is_lost() -> None:
         optimizer = wrapped(session)
         optimizer.step()
         if session.rank == 1:
-            for shard in session._shards:
+            for shard in session._rounds.shards:
                 shard.client.close()
             return
         optimizer.step()

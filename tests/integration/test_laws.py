@@ -258,8 +258,8 @@ def test_what_a_script_does_to_its_optimizer_is_kept(job: Job) -> None:
     ("method", "compressor"),
     [
         (Method(threshold=0.05), HardThreshold(0.05)),
-        (Method(compressor="top-k", density=0.1), TopK(0.1)),
-        (Method(compressor="identity"), Identity()),
+        (Method("TopK(0.1)"), TopK(0.1)),
+        (Method("Identity"), Identity()),
     ],
     ids=["hard-threshold", "top-k", "identity"],
 )
@@ -312,10 +312,10 @@ integers = st.lists(st.integers(-9, 9), min_size=NUMEL, max_size=NUMEL).map(lamb
 rounds = st.lists(st.lists(integers, min_size=WORKERS, max_size=WORKERS), min_size=1, max_size=5)
 methods = st.one_of(
     st.sampled_from([0.0, 1.0, 3.0, 8.0, 100.0]).map(lambda threshold: Method(threshold=threshold)),
-    st.sampled_from([0.1, 0.5, 1.0]).map(lambda density: Method(compressor="top-k", density=density)),
-    st.sampled_from([0.2, 0.6]).map(lambda density: Method(compressor="top-k", density=density, layer_wise=True)),
+    st.sampled_from([0.1, 0.5, 1.0]).map(lambda density: Method(f"TopK({density})")),
+    st.sampled_from([0.2, 0.6]).map(lambda density: Method(f"LayerWise(TopK({density}))")),
     st.sampled_from([0.2, 0.6]).map(lambda density: Method(density=density)),
-    st.just(Method(density=0.5, paper_rule=True)),
+    st.just(Method(density=0.5, rule="paper")),
 )
 
 

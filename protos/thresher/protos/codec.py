@@ -1,64 +1,62 @@
 """Sparse gradients as bytes.
 
-A frame is a header, an index block and a value block, little-endian:
+A frame is a header, a value block and an index block, little-endian; protos/README.md specifies it well enough for a
+second implementation:
 
 ====== ===== ============ ===================================================================
 offset bytes field        meaning
 ====== ===== ============ ===================================================================
 0      4     magic        ``THSH``
-4      1     version      1
-5      1     index coding :class:`IndexCoding`
-6      1     value coding :class:`ValueCoding`
-7      1     reserved     0
-8      8     numel        length of the vector
+4      1     version      2
+5      1     index coding :class:`~thresher.protos.index_codings.IndexCoding`
+6      1     value coding :class:`~thresher.protos.value_codings.ValueCoding`
+7      1     parameter    of the index coding; RICE: number of low bits, otherwise 0
+8      8     numel        length of the vector, at most 2**62
 16     8     count        coordinates kept
-24     8     index bytes  length of the index block
-32     8     value bytes  length of the value block
+24     8     value bytes  length of the value block
+32     8     index bytes  length of the index block, at most ⌈numel / 8⌉
 40     4     crc          CRC-32 (as in zlib) of all the other bytes: 0 … 39, then 44 … the end
-44     …     the index block, then the value block
+44     …     the value block, then the index block
 ====== ===== ============ ===================================================================
 
-A value has exactly one frame: the index coding follows from ``count`` and ``numel``, and a frame with any other one is
-refused. So equal digests mean equal content.
+The values come first so that those of F32 are aligned wherever the frame is, and need no copy.
+Equal frames have equal content. The codings are chosen by length alone, so one value with the same levels and seeds has
+one frame; a reader takes any valid one.
 """
 
 import struct
 import zlib
-from enum import IntEnum
-from typing import Any, Final
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, final
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from thresher.protos.errors import FrameError
-from thresher.protos.sparse import SparseGradient
+from thresher.protos.index_codings import IndexCoding, Support, decode_indices, encode_indices
+from thresher.protos.sparse import MOST_ELEMENTS, SparseGradient
+from thresher.protos.value_codings import ValueCoding, decode_values, encode_values
 
 MAGIC: Final = b"THSH"
-VERSION: Final = 1
+VERSION: Final = 2
 
+_LAST_INDEX_CODING: Final = max(IndexCoding)
+_LAST_VALUE_CODING: Final = max(ValueCoding)
 _HEADER: Final = struct.Struct("<4sBBBBQQQQ")
 _CRC: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _HEADER.size + _CRC.size
 
 
-class IndexCoding(IntEnum):
-    """How the index block says which coordinates are kept."""
+@final
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a frame says of itself; the sizes fit its length."""
 
-    DENSE = 0  # all of them; the block is empty
-    RAW32 = 1  # uint32 each, ascending; for numel <= 2**32
-    RAW64 = 2  # uint64 each, ascending; for larger vectors
-
-
-class ValueCoding(IntEnum):
-    """How the value block holds the values, in the order of their indices."""
-
-    F32 = 0  # IEEE 754 binary32, bits untouched
-
-
-_INDEX_BYTES: Final = {IndexCoding.DENSE: 0, IndexCoding.RAW32: 4, IndexCoding.RAW64: 8}
-_VALUE_BYTES: Final = {ValueCoding.F32: 4}
+    index_coding: IndexCoding
+    value_coding: ValueCoding
+    parameter: int
+    count: int
+    value_bytes: int
 
 
 def encode(sparse: SparseGradient) -> bytes:
@@ -66,31 +64,43 @@ def encode(sparse: SparseGradient) -> bytes:
 
     Raises:
         ConfigurationError: the indices are out of order or out of range (see :meth:`SparseGradient.validate`; a
-            gradient that keeps every coordinate is taken at its word).
+            gradient that keeps every coordinate is taken at its word), numel exceeds 2**62, or the levels or seeds
+            stand for something else than the values and indices beside them.
 
     Examples:
-        >>> frame = encode(SparseGradient(torch.tensor([2]), torch.tensor([1.0]), numel=5))
+        >>> import torch
+        >>> frame = encode(SparseGradient(torch.tensor([2]), torch.tensor([0.1]), numel=5))
         >>> len(frame), frame[:4]
-        (52, b'THSH')
+        (49, b'THSH')
         >>> decode(frame, numel=5).indices
         tensor([2])
     """
-    coding = _index_coding(sparse.count, sparse.numel)
-    index_block = _index_block(sparse, coding)
-    value_block = sparse.values.numpy(force=True).astype("<f4", order="C", copy=False).data
+    indices = encode_indices(sparse)
+    values = encode_values(sparse)
+    blocks = (*values.parts, indices.data)
     header = _HEADER.pack(
-        MAGIC, VERSION, coding, ValueCoding.F32, 0, sparse.numel, sparse.count, index_block.nbytes, value_block.nbytes
+        MAGIC,
+        VERSION,
+        indices.coding,
+        values.coding,
+        indices.parameter,
+        sparse.numel,
+        sparse.count,
+        values.nbytes,
+        indices.data.size,
     )
-    crc = _CRC.pack(_checksum(header, index_block, value_block))
-    return b"".join((header, crc, index_block, value_block))
+    crc = _CRC.pack(_checksum((header, *(block.data for block in blocks))))
+    return b"".join((header, crc, *(block.data for block in blocks)))
 
 
 def decode(frame: bytes | bytearray | memoryview, *, numel: int) -> SparseGradient:
-    """The gradient in ``frame``, the inverse of :func:`encode`; any other byte string is refused.
+    """The gradient in ``frame``, the inverse of :func:`encode`; what is no frame of that length is refused.
 
-    Nothing is allocated before every length has been checked against the length of ``frame`` itself.
-    From a writable buffer the values are a view: hand it over and don't write to it again. From a read-only one they
-    are a copy.
+    Nothing is allocated before every length has been checked against the length of ``frame`` itself: memory is at most
+    128 bytes per byte of the frame, and where indices are drawn from seeds 24 bytes per element of the vector besides.
+    Time is linear in the length of the frame and ``numel``.
+    From a writable buffer, values that travelled as float32 are a view: hand it over and don't write to it again. From
+    a read-only one they are a copy. Levels and seeds that travelled come back as well.
 
     Args:
         frame: exactly one frame.
@@ -100,69 +110,64 @@ def decode(frame: bytes | bytearray | memoryview, *, numel: int) -> SparseGradie
         FrameError: ``frame`` is not the frame of any gradient of this length; the message says what differs.
     """
     view = memoryview(frame).cast("B")
-    count, coding = _check_header(view, numel)
-    values_begin = HEADER_BYTES + count * _INDEX_BYTES[coding]
-    values = _values(view[values_begin:])
-    if coding is IndexCoding.DENSE:
-        return SparseGradient.dense(values)
-    return SparseGradient(_indices(view[HEADER_BYTES:values_begin], coding, numel), values, numel)
+    header = _check_header(view, numel)
+    body = np.frombuffer(bytearray(view) if view.readonly else view, dtype=np.uint8)[HEADER_BYTES:]
+    contents = decode_values(header.value_coding, body[: header.value_bytes], header.count)
+    if header.index_coding is IndexCoding.DENSE:
+        whole = SparseGradient.dense(contents.values)
+        support = Support(whole.indices)
+    else:
+        index_block = body[header.value_bytes :]
+        support = decode_indices(header.index_coding, header.parameter, index_block, header.count, numel)
+    return SparseGradient(support.indices, contents.values, numel, contents.levels, support.seeds)
 
 
 def frame_bytes_bound(numel: int) -> int:
-    """Length in bytes of the largest frame of a vector of length ``numel``.
+    """Length in bytes that no frame of a vector of length ``numel`` exceeds: four per value, and one bit per element.
 
     Examples:
-        >>> frame_bytes_bound(1000)  # all but one coordinate, each with its index
-        8036
+        >>> frame_bytes_bound(1000)
+        4169
     """
-    value_bytes = _VALUE_BYTES[ValueCoding.F32]
-    dense_bytes = numel * value_bytes
-    all_but_one = max(numel - 1, 0)
-    return HEADER_BYTES + max(dense_bytes, all_but_one * (_INDEX_BYTES[_index_coding(0, numel)] + value_bytes))
+    return HEADER_BYTES + 4 * numel + _index_bytes_bound(numel)
 
 
-def _index_coding(count: int, numel: int) -> IndexCoding:
-    if count == numel:
-        return IndexCoding.DENSE
-    return IndexCoding.RAW32 if numel <= 2**32 else IndexCoding.RAW64
+def _index_bytes_bound(numel: int) -> int:
+    return (numel + 7) // 8
 
 
-def _index_block(sparse: SparseGradient, coding: IndexCoding) -> memoryview:
-    if coding is IndexCoding.DENSE:
-        return memoryview(b"")
-    sparse.validate()
-    return sparse.indices.numpy(force=True).astype(f"<u{_INDEX_BYTES[coding]}").data
-
-
-def _checksum(header: bytes | memoryview, *blocks: memoryview) -> int:
-    crc = zlib.crc32(header)
-    for block in blocks:
-        crc = zlib.crc32(block, crc)
+def _checksum(parts: Iterable[bytes | memoryview]) -> int:
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
     return crc
 
 
-def _check_header(view: memoryview, numel: int) -> tuple[int, IndexCoding]:
-    """Everything a frame claims about itself, checked before any of it is believed; returns count and index coding."""
+def _check_header(view: memoryview, numel: int) -> _Header:
+    """Everything a frame claims about itself, checked before any of it is believed."""
     if len(view) < HEADER_BYTES:
         raise FrameError(f"frame is truncated: found {len(view)} bytes, a header alone has {HEADER_BYTES}")
-    magic, version, index_coding, value_coding, reserved, found_numel, count, index_bytes, value_bytes = (
+    magic, version, index_coding, value_coding, parameter, found_numel, count, value_bytes, index_bytes = (
         _HEADER.unpack_from(view)
     )
     _expect("magic", magic, MAGIC)
     _expect("version", version, VERSION)
-    _expect("reserved byte", reserved, 0)
     _expect("numel", found_numel, numel)
-    if count > numel:
-        raise FrameError(f"frame has a wrong count: found {count}, expected at most numel, {numel}")
-    coding = _index_coding(count, numel)
-    _expect("index coding", index_coding, int(coding))
-    _expect("value coding", value_coding, int(ValueCoding.F32))
-    _expect("length of the index block", index_bytes, count * _INDEX_BYTES[coding])
-    _expect("length of the value block", value_bytes, count * _VALUE_BYTES[ValueCoding.F32])
-    _expect("length", len(view), HEADER_BYTES + index_bytes + value_bytes)
+    _expect_at_most("numel", numel, MOST_ELEMENTS)
+    _expect_at_most("count", count, numel)
+    _expect_at_most("index coding", index_coding, _LAST_INDEX_CODING)
+    _expect_at_most("value coding", value_coding, _LAST_VALUE_CODING)
+    if (index_coding == IndexCoding.DENSE) != (count == numel):
+        raise FrameError(f"frame has a wrong index coding: found {index_coding} for {count} of {numel} coordinates")
+    _expect_at_most("length of the value block", value_bytes, 4 * count)
+    _expect_at_most("length of the index block", index_bytes, _index_bytes_bound(numel))
+    if index_coding == IndexCoding.DENSE:
+        _expect("parameter", parameter, 0)
+        _expect("length of the index block", index_bytes, 0)
+    _expect("length", len(view), HEADER_BYTES + value_bytes + index_bytes)
     (crc,) = _CRC.unpack_from(view, _HEADER.size)
-    _expect("crc", crc, _checksum(view[: _HEADER.size], view[HEADER_BYTES:]))
-    return count, coding
+    _expect("crc", crc, _checksum((view[: _HEADER.size], view[HEADER_BYTES:])))
+    return _Header(IndexCoding(index_coding), ValueCoding(value_coding), parameter, count, value_bytes)
 
 
 def _expect(field: str, found: object, expected: object) -> None:
@@ -170,17 +175,6 @@ def _expect(field: str, found: object, expected: object) -> None:
         raise FrameError(f"frame has a wrong {field}: found {found!r}, expected {expected!r}")
 
 
-def _indices(block: memoryview, coding: IndexCoding, numel: int) -> Tensor:
-    indices: npt.NDArray[Any] = np.frombuffer(block, dtype=f"<u{_INDEX_BYTES[coding]}")
-    rising = indices[1:] > indices[:-1]
-    if not rising.all():
-        first = int(rising.argmin())
-        raise FrameError(f"indices are not strictly increasing: {indices[first]}, then {indices[first + 1]}")
-    if indices.size and indices[-1] >= numel:
-        raise FrameError(f"index is out of range: found {indices[-1]}, expected less than numel, {numel}")
-    return torch.from_numpy(indices.astype(np.int64))
-
-
-def _values(block: memoryview) -> Tensor:
-    values = np.frombuffer(block, dtype="<f4").astype(np.float32, copy=block.readonly)
-    return torch.from_numpy(values)
+def _expect_at_most(field: str, found: int, most: int) -> None:
+    if found > most:
+        raise FrameError(f"frame has a wrong {field}: found {found}, expected at most {most}")
