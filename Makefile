@@ -11,7 +11,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-slow test-wheel check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel fuzz check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ test: $(VENV)/.with-test ## run the tests
 
 test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters, five thousand rounds
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.with-test ## feed a million damaged frames to the decoder; some minutes
+	$(BIN)/python tests/protos/fuzz_frames.py --inputs 1000000 --seed 0
 
 # Away from the repository nothing but the wheel can answer `import thresher`.
 test-wheel: $(VENV)-wheel/.created ## run the tests against the wheel, installed alone, away from the repository

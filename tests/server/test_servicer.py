@@ -332,7 +332,7 @@ def test_a_frame_in_chunks_is_put_together(served: Served) -> None:
     """A push of several MiB arrives whole, and its update too."""
     layout = Layout((TensorSpec("w", (600_000,), "float32"),))
     (talk,) = served_alone(served, layout)
-    messages = push(0, frame_of(1.0, 600_000))
+    messages = push(0, encode(SparseGradient.dense(torch.arange(600_000) / 3)))  # constant values would be a bit each
     talk.say(*messages)
     first, *others = [talk.hear() for _ in range(3)]
     assert first.payload_bytes == sum(len(part.chunk) for part in (first, *others))

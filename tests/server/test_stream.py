@@ -17,7 +17,7 @@ from thresher.v1 import aggregation_pb2 as pb
 
 
 def update(version: int, numel: int = 4) -> Update:
-    return Update(version, 1, (0,), SparseGradient.dense(torch.ones(numel)), (True,))
+    return Update(version, 1, (0,), SparseGradient.dense(torch.arange(numel) / 3), (True,))
 
 
 async def heard(stream: Stream) -> list[pb.ExchangeResponse]:

@@ -55,7 +55,7 @@ def measure(
     that of a support that is as likely as any other of its size; clustered ones may cost less.
 
     Returns:
-        Rows of ``elements``, ``density``, ``support`` (random or clustered), ``coding``, ``index_bits_per_element``
+        Rows of ``elements``, ``density``, ``coding`` (and whether the support is clustered), ``index_bits_per_element``
         (without the header), ``entropy_bits_per_element``, ``bytes_per_element`` (with it),
         ``encode_elements_per_second`` and ``decode_elements_per_second``.
 
@@ -90,7 +90,7 @@ def _rows(elements: int, density: float, repetitions: int) -> Iterator[dict[str,
     scattered = torch.from_numpy(seeded_indices(elements, count, key_of(1)))
     starts = seeded_indices(elements // _RUN, -(-count // _RUN), key_of(2)) * _RUN
     clustered = torch.from_numpy((starts[:, None] + np.arange(_RUN)).ravel()[:count])
-    for support, indices in (("random", scattered), ("clustered", clustered)):
+    for support, indices in (("", scattered), (", clustered", clustered)):
         plain = SparseGradient(indices, torch.from_numpy(uniforms(key_of(3), count)) - 0.5, elements)
         for gradient, coding in (*_ours(plain), *((plain, coding) for coding in _others())):
             frame = coding.write(gradient)
@@ -99,8 +99,7 @@ def _rows(elements: int, density: float, repetitions: int) -> Iterator[dict[str,
             yield {
                 "elements": elements,
                 "density": density,
-                "support": support,
-                "coding": coding.name,
+                "coding": coding.name + support,
                 "index_bits_per_element": 8 * coding.index_bytes(frame, gradient) / count,
                 "entropy_bits_per_element": entropy_bits_per_element(elements, count),
                 "bytes_per_element": len(frame) / count,
