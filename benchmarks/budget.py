@@ -158,7 +158,6 @@ CASES = {
     "digits": Case(digits, 0.01, 600),
     "digits, drop": Case(digits, 0.01, 700, drop=400),
     "lstm": Case(lstm, 0.005, 600),
-    "lstm, drop": Case(lstm, 0.005, 700, drop=400),
     "era": Case(era, 0.001, 600),
     "era, long": Case(era, 0.001, 2000),
 }

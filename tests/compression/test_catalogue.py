@@ -13,7 +13,7 @@ from torch import Tensor
 import thresher.compression
 from thresher.compression import Compressor, Feedback, Round, parse, parse_feedback, takes_run_threshold
 from thresher.compression.catalogue import COMPRESSORS, FEEDBACKS
-from thresher.protos.errors import ConfigurationError, LayoutError
+from thresher.protos.errors import ConfigurationError, LayoutError, NonFiniteGradientError
 
 SHAPES = ((4, 5), (7,), (), (3, 4))
 NAMES = ("conv.weight", "conv.bias", "scale", "head.weight")
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(text: str)
     bad = inputs[0].clone()
     bad[3] = torch.nan
     first = run(feedback, inputs[:2])
-    with pytest.raises(thresher.compression.base.NonFiniteGradientError):
+    with pytest.raises(NonFiniteGradientError):
         feedback.compress(bad, Round(2, threshold=0.75))
     found = [*first, *run(feedback, inputs[2:], first=2)]
     assert all(torch.equal(*pair) for pair in zip(found, run(expected, inputs), strict=True))

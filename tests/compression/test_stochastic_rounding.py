@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.compression.base import Round
+from thresher.compression.base import Round, check_whole
 from thresher.compression.stochastic_rounding import (
     StochasticRounding,
-    check_whole,
     draws_for,
     nonzeros,
     rounded_at_random,

@@ -24,7 +24,7 @@ def selection(method: Method, factor: float = 1.0) -> Selection:
 
 
 def message(vector: Tensor, scale: float = 1.0) -> Message:
-    return Message(vector * scale, (True,), scale, rate=scale)
+    return Message(vector * scale, (True,), scale, rate=scale, finite=False)
 
 
 def update(threshold: float | None, elements: int = 0) -> Update:

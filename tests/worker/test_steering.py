@@ -33,7 +33,7 @@ def drive(steering: Steering, steps: int, cost: Callable[[int], tuple[int, int]]
         sent = corrected.abs() >= threshold
         residual = torch.where(sent, 0.0, corrected)
         count = int(sent.sum())
-        threshold = steering.observe(lambda corrected=corrected: corrected, count / NUMEL)  # type: ignore[misc]
+        threshold = steering.observe(lambda corrected=corrected: corrected, count / NUMEL) or 0.0  # type: ignore[misc]
         push_bytes, pull_bytes = cost(count)
         steering.settle([update(WORKERS * count, WORKERS * push_bytes)], pull_bytes)
         elements += WORKERS * count

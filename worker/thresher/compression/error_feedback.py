@@ -6,7 +6,15 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from thresher.compression.base import FIRST_ROUND, Compressor, Guarantee, Round, check_finite, check_state
+from thresher.compression.base import (
+    FIRST_ROUND,
+    Compressor,
+    Guarantee,
+    Round,
+    check_compressor,
+    check_finite,
+    check_state,
+)
 from thresher.compression.feedback import Feedback, check_tensor
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.sparse import SparseGradient
@@ -62,6 +70,7 @@ class ErrorFeedback(Feedback):
     def __init__(self, compressor: Compressor, numel: int, *, device: torch.device | str = "cpu") -> None:
         if numel < 0:
             raise ConfigurationError(f"numel must not be negative, not {numel}")
+        check_compressor("ErrorFeedback", compressor)
         if not compressor.guarantee.conserves:
             raise ConfigurationError(f"{compressor.describe()} does not conserve, so it has no error to feed back")
         self._compressor = compressor

@@ -46,6 +46,14 @@ class Feedback(ABC):
                 changed then.
         """
 
+    def compress_finite(self, gradient: Tensor, round: Round = FIRST_ROUND) -> SparseGradient:
+        """As :meth:`compress`, for a caller that has looked for NaN and infinity itself; it may save that pass.
+
+        Raises:
+            ConfigurationError: another shape, dtype or device.
+        """
+        return self.compress(gradient, round)
+
     @abstractmethod
     def describe(self) -> str:
         """Such as ``ErrorFeedback(HardThreshold(0.01))``: the call that makes it, without what the model brings."""

@@ -10,9 +10,16 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from thresher.compression.base import FIRST_ROUND, Compressor, Guarantee, Round, check_flat, check_state
-from thresher.compression.layer_wise import (
+from thresher.compression.base import (
+    FIRST_ROUND,
+    Compressor,
+    Guarantee,
+    Round,
     check_compressor,
+    check_flat,
+    check_state,
+)
+from thresher.compression.layer_wise import (
     check_numel,
     combined,
     fitted,

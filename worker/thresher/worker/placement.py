@@ -29,12 +29,14 @@ class Message:
         presence: Which trained tensors it speaks of; it is zero in the others.
         scale: Its unit in units of gradients, > 0: absolute compressors are scaled by it (arXiv:2108.00951, C_γ).
         rate: The learning rate in force, of the first parameter group.
+        finite: Whether it is known to hold neither NaN nor infinity: a gradient is, an optimizer may overflow.
     """
 
     vector: Tensor
     presence: Presence
     scale: float
     rate: float
+    finite: bool
 
 
 class Placement(Protocol):
@@ -58,7 +60,7 @@ class Placement(Protocol):
         ...
 
     def take(self, gradient: Tensor, presence: Presence, groups: Sequence[Hyperparameters]) -> None:
-        """Take the model's flat gradient, [numel] float32, of one optimizer step; it may be overwritten.
+        """Take the model's flat gradient, [numel] float32 and finite, of one optimizer step; it may be overwritten.
 
         Args:
             gradient: Zero in tensors without gradient.
@@ -116,7 +118,7 @@ class GradientPlaced:
 
     def take(self, gradient: Tensor, presence: Presence, groups: Sequence[Hyperparameters]) -> None:
         """Keep the gradient as it is: messages are gradients."""
-        self._taken = Message(gradient, presence, 1.0, _number(groups[0], "lr"))
+        self._taken = Message(gradient, presence, 1.0, _number(groups[0], "lr"), finite=True)
 
     def message(self) -> Message | None:
         """Return the gradient."""
@@ -214,7 +216,7 @@ class UpdatePlaced:
         """
         if self._presence is None or self._scale == 0.0:
             return None
-        return Message(self._start.sub_(self._local.parameters), self._presence, self._scale, self._rate)
+        return Message(self._start.sub_(self._local.parameters), self._presence, self._scale, self._rate, finite=False)
 
     def begin(self, pieces: Pieces, residual: Tensor) -> None:
         """Go on from x - c·residual."""

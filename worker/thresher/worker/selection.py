@@ -54,7 +54,8 @@ class Selection:
         if threshold is not None:
             threshold *= self._factor
         here = Round(number, 0, threshold, message.scale, self._rank, message.rate)
-        return self.feedback.compress(message.vector, here)
+        compress = self.feedback.compress_finite if message.finite else self.feedback.compress
+        return compress(message.vector, here)
 
     def propose(self, message: Message | None, sent: SparseGradient | None) -> float | None:
         """Return rank 0's λ for the next round, after ``sent`` was selected; None for methods without one."""

@@ -20,8 +20,8 @@ class Steering(Protocol):
         """Wanted density of a round, in (0, 1]."""
         ...
 
-    def observe(self, corrected: Callable[[], Tensor], sent: float) -> float:
-        """Return λ for the next round.
+    def observe(self, corrected: Callable[[], Tensor], sent: float) -> float | None:
+        """Return λ for the next round; None while there was nothing to find one from.
 
         Args:
             corrected: Makes message + residual of this round, [numel] float32 in the unit of the gradient.
@@ -86,7 +86,7 @@ class Budgeted:
         """Wanted mean density of the run, as far as it is known."""
         return self._budget.density
 
-    def observe(self, corrected: Callable[[], Tensor], sent: float) -> float:
+    def observe(self, corrected: Callable[[], Tensor], sent: float) -> float | None:
         """Book the round, and choose λ anew where that is due."""
         return self._budget.observe(corrected, sent, self._settled)
 
