@@ -156,6 +156,11 @@ def _matching_add(method: str) -> str:
     return _ADD if method in {_ADD, _IN_PLACE, _FEEDBACK, _EAGER} else _ADD_INTO
 
 
+# After an operation of its own torch keeps its threads spinning for some milliseconds; what is measured next would share
+# a core with one of them, unless it is torch's own.
+_REST_SECONDS: Final = 0.02
+
+
 def _seconds(elements: int, density: float, threads: int, repetitions: int) -> dict[str, float]:
     with _threads(threads):
         case = Case.of(elements, density)
@@ -166,6 +171,7 @@ def _seconds(elements: int, density: float, threads: int, repetitions: int) -> d
             case.gradient = gradients[repetition % _GRADIENTS]
             for method, call in METHODS.items():
                 case.feedback.residual.zero_()
+                time.sleep(_REST_SECONDS)
                 begin = time.perf_counter()
                 call(case)
                 taken[method].append(time.perf_counter() - begin)

@@ -11,6 +11,7 @@ are a matter of the caller's threads: kernels run without the interpreter's lock
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, final
 
@@ -41,12 +42,12 @@ class Kernel(Generic[Arguments, Result]):
         """Call the compiled function."""
         compiled = self._compiled.get("function")
         if compiled is None:
-            compiled = self._compiled.setdefault("function", _compile(self.function, cache=True))
+            compiled = self._compiled.setdefault("function", _compile(self.function, cached=True))
         try:
             return compiled(*arguments, **named)
         except Exception:  # noqa: BLE001  # the loop raises nothing: the cache failed, or this will be raised again
             _log.warning("%s is compiled without numba's cache", self.function.__qualname__, exc_info=True)
-            compiled = self._compiled["function"] = _compile(self.function, cache=False)
+            compiled = self._compiled["function"] = _compile(self.function, cached=False)
             return compiled(*arguments, **named)
 
 
@@ -55,13 +56,25 @@ def kernel(function: Callable[Arguments, Result]) -> Kernel[Arguments, Result]:
     return Kernel(function)
 
 
-def _compile(function: FunctionType, *, cache: bool) -> Callable[..., Any]:
+def prefetch(vector: Any, index: Any) -> None:  # noqa: ANN401 - of any type; in a kernel, see below
+    """Ask memory for ``vector[index]``, which is needed soon; in a kernel only, elsewhere nothing happens.
+
+    The index may lie beyond the end. A loop that does more than adding up does not look far enough ahead by itself to
+    keep memory busy.
+
+    Args:
+        vector: a numpy array.
+        index: uint64.
+    """
+
+
+def _compile(function: FunctionType, *, cached: bool) -> Callable[..., Any]:
     import numba  # noqa: PLC0415  # takes a quarter of a second, and not every process calls a kernel
 
     linked = _link(function, numba.njit(inline="always"))
     compiled: Callable[..., Any]
     try:
-        compiled = numba.njit(linked, nogil=True, cache=cache)
+        compiled = numba.njit(linked, nogil=True, cache=cached)
     except RuntimeError:  # no folder for the cache can be written
         compiled = numba.njit(linked, nogil=True)
     return compiled
@@ -74,4 +87,31 @@ def _link(function: FunctionType, inline: Callable[[FunctionType], Any]) -> Func
         for name in function.__code__.co_names
         if isinstance(value := function.__globals__.get(name), Kernel)
     }
+    if function.__globals__.get(prefetch.__name__) is prefetch:
+        called[prefetch.__name__] = _prefetch_instruction()
     return FunctionType(function.__code__, function.__globals__ | called, function.__name__)
+
+
+@cache
+def _prefetch_instruction() -> Any:  # noqa: ANN401 - numba's own
+    """LLVM's prefetch, into all caches, for reading."""
+    from llvmlite import ir  # noqa: PLC0415  # as numba
+    from numba import types  # noqa: PLC0415
+    from numba.core import cgutils  # noqa: PLC0415
+    from numba.extending import intrinsic  # noqa: PLC0415
+
+    word, address = ir.IntType(32), ir.IntType(8).as_pointer()
+    read, keep_everywhere, data = word(0), word(3), word(1)
+
+    def instruction(_: Any, vector: Any, index: Any) -> Any:  # noqa: ANN401 - numba's types
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ANN401 - and values
+            made = context.make_array(signature.args[0])(context, builder, arguments[0])
+            place = builder.bitcast(builder.gep(made.data, [arguments[1]]), address)
+            kind = ir.FunctionType(ir.VoidType(), [address, word, word, word])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            builder.call(function, [place, read, keep_everywhere, data])
+            return context.get_dummy_value()
+
+        return types.void(vector, index), code
+
+    return intrinsic(instruction)
