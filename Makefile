@@ -31,14 +31,17 @@ test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters
 fuzz: $(VENV)/.with-test ## feed a million damaged frames to the decoder; some minutes
 	$(BIN)/python tests/protos/fuzz_frames.py --inputs 1000000 --seed 0
 
-# Away from the repository nothing but the wheel can answer `import thresher`.
+# Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts
+# many processes is left to `make test`: it would find the same code.
+WHEEL_TESTS := tests/protos tests/server tests/worker tests/deploy tests/ddp tests/test_architecture.py \
+    tests/test_packaging.py tests/integration/test_laws.py
 test-wheel: $(VENV)-wheel/.created ## run the tests against the wheel, installed alone, away from the repository
 	rm -rf .build/dist
 	$(VENV)-wheel/bin/python $(QUIET_PIP) wheel --no-deps --wheel-dir .build/dist .
 	$(VENV)-wheel/bin/python $(QUIET_PIP) uninstall --yes thresher
 	$(VENV)-wheel/bin/python $(QUIET_PIP) install --constraint constraints.txt "$$(ls .build/dist/*.whl)[test]"
 	@away=$$(mktemp -d) && trap 'rm -rf "$$away"' EXIT && cp -r tests pyproject.toml "$$away" && \
-	cd "$$away" && "$(CURDIR)/$(VENV)-wheel/bin/python" -m pytest $(TEST_OPTIONS) tests
+	cd "$$away" && "$(CURDIR)/$(VENV)-wheel/bin/python" -m pytest $(TEST_OPTIONS) $(WHEEL_TESTS)
 
 check: $(VENV)/.with-check namespace-check protos-check ## lint, format, types, architecture, stubs
 	$(BIN)/ruff check

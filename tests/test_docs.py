@@ -54,7 +54,7 @@ FOREIGN = {
 FOREIGN_ROOTS = {"torch", "optimizer", "loss", "model", "loader", "grpc"}
 # Variables of the pages' examples, and what they stand for.
 VARIABLES = {"session": "Session", "feedback": "ErrorFeedback"}
-FILE = re.compile(r"\.(py|pyi|md|toml|json|jsonl|proto|txt|log|safetensors|npz|svg)$|/$")
+FILE = re.compile(r"\.(py|pyi|md|toml|json|jsonl|proto|txt|log|safetensors|npz|svg|xz)$|/$")
 DATA_FIELDS = {"train_x", "train_y", "test_x", "test_y", "residual_norm", "epochs", "accuracy"}
 
 
@@ -214,7 +214,9 @@ def test_every_option_exists(page: Path) -> None:
 
 
 def script_options() -> set[str]:
-    scripts = (path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.py"))
+    scripts = (
+        path.read_text(encoding="utf-8") for path in (*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py"))
+    )
     return {option for text in scripts for option in re.findall(r'"(--[a-z-]+)"', text)}
 
 

@@ -11,6 +11,8 @@ PACKAGES = (
     "thresher.v1",
     "thresher.protos",
     "thresher.compression",
+    "thresher.simulation",
+    "thresher.ddp",
     "thresher.worker",
     "thresher.server",
     "thresher.deploy",

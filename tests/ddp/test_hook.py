@@ -94,8 +94,8 @@ def reference(method: str, given: Sequence[Steps]) -> tuple[list[Gradients], lis
         means = {}
         for index, (name, shape) in enumerate(SHAPES.items()):
             sent = [
-                feedback[name].compress(steps[step][name].reshape(-1), Round(step, index))
-                for feedback, steps in zip(feedbacks, given, strict=True)
+                feedback[name].compress(steps[step][name].reshape(-1), Round(step, index, worker=rank))
+                for rank, (feedback, steps) in enumerate(zip(feedbacks, given, strict=True))
             ]
             elements += sent[0].count
             means[name] = mean_of(sent, len(given)).densify().view(shape)

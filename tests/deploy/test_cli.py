@@ -27,6 +27,37 @@ def test_an_unknown_option_is_bad_usage() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--density", "1.5"), "density must be in (0, 1]"),
+        (("--density", "0"), "density must be in (0, 1]"),
+        (("--threshold", "-1"), "threshold must be a finite number >= 0"),
+        (("--threshold", "nan"), "threshold must be a finite number >= 0"),
+        (("--compressor", "TopK"), "TopK: TopK.__init__() missing"),
+        (("--compressor", "TopK(0.1)", "--density", "0.1"), "does not take the run's threshold"),
+        (("--budget", "much", "--steps", "10"), "is no number of bytes"),
+        (("--budget", "500MB"), "say how many steps"),
+        (("--density", "0.1", "--period", "4"), "need placement 'update'"),
+        (("--density", "0.1", "--threshold-factors", "1,2,3", "--workers", "2"), "3 threshold factors for 2 workers"),
+        (("--density", "0.1", "--threshold-factors", "fast"), "threshold factors are numbers"),
+        ((), "exactly one of threshold, density, budget and precision"),
+        (("--density", "0.1", "--shards", "0"), "at least one shard"),
+    ],
+)
+def test_a_launch_that_makes_no_sense_is_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    """Exit code 2, a message that says what is wrong, and no folder of a run."""
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('started')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    told = runner.invoke(app, ["launch", *options, str(script)])
+    assert told.exit_code == 2
+    assert message in " ".join(told.output.split())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     "options",
     [["--shard", "2", "--shards", "2"], ["--workers", "0"], ["--listen", "nowhere"], ["--round-timeout", "nan"]],
 )

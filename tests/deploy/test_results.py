@@ -61,7 +61,7 @@ def test_byte_texts_are_within_half_a_per_cent(count: float) -> None:
 
 def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> None:
     """A merged row has the sums of its parts, densities of the whole, and the slowest shard's time."""
-    common = {"version": 1, "members": 2, "contributors": [0, 1], "skipped": False}
+    common = {"version": 1, "members": 2, "contributors": [0, 1], "skipped": False, "only_mean": False}
     common |= {"threshold": 0.1, "learning_rate": 0.5, "push_bytes": 10, "pull_bytes": 20, "residual_squared": 2.0}
     counts = {0: (5.0, 30, 6, 5, 0.1), 1: (6.0, 10, 2, 1, 0.3)}
     names = ("time", "numel", "pushed_elements", "update_elements", "round_seconds")

@@ -428,10 +428,12 @@ def test_what_is_kept_is_below_the_threshold(gradients: list[list[Tensor]], thre
 @settings(max_examples=8)
 @given(rounds, st.sampled_from([0.1, 0.4]))
 def test_one_threshold_for_all(gradients: list[list[Tensor]], density: float) -> None:
-    """A calibrated λ is rank 0's: after each step all workers hold the same, and there is one from the first on."""
-    traces = traced(gradients, Method(density=density))
-    assert all(trace.thresholds == traces[0].thresholds for trace in traces)
-    assert None not in traces[0].thresholds
+    """A λ found on the way is rank 0's: all workers hold the same, from its first gradient on that is not zero."""
+    silent = next((step for step, messages in enumerate(gradients) if messages[0].any()), len(gradients))
+    for rule in ("budget", "calibrated"):
+        traces = traced(gradients, Method(density=density, rule=rule))
+        assert all(trace.thresholds == traces[0].thresholds for trace in traces)
+        assert None not in traces[0].thresholds[silent:]
 
 
 @settings(max_examples=8)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -60,6 +60,7 @@ def test_a_density_is_met() -> None:
         assert abs(elements / (WORKERS * NUMEL * 600) / 0.02 - 1) < 0.05
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 500))
 def test_bytes_are_met_whatever_an_element_costs(push_price: int, pull_price: int, frame: int) -> None:
     """All bytes of all workers, both directions: the price is learned on the way."""

@@ -72,7 +72,8 @@ def correct(gradient: Tensor, residual: Tensor, threshold: float, out: Tensor) -
             return _correct_into(added[part], before[part], after[part], begin, least, _marks(), indices, values)
 
     def sample(lines: int) -> Floats:
-        summed: Floats = sampled(gradient.detach(), lines).numpy() + sampled(residual.detach(), lines).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # the scan will see it
+            summed: Floats = sampled(gradient.detach(), lines).numpy() + sampled(residual.detach(), lines).numpy()
         return summed
 
     return _collect(gradient.numel(), scan, sample, threshold)
