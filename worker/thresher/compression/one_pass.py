@@ -250,6 +250,7 @@ def _correct_into(
         for lane in range(0, _BLOCK, _LINE):
             prefetch(gradient, np.uint64(block + _AHEAD + lane))
             prefetch(residual, np.uint64(block + _AHEAD + lane))
+            prefetch(out, np.uint64(block + _AHEAD + lane))  # what is written to is read before
         _add(gradient, residual, out, block, _BLOCK, least, marks)
         found = _take_out(out, block, _BLOCK, first, words, indices, values, found)
     rest = gradient.size - whole
