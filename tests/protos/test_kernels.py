@@ -7,12 +7,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from thresher.protos.kernels import Kernel, kernel
+from thresher.protos.kernels import Kernel, kernel, prefetch
 
 Integers = npt.NDArray[np.int64]
 
@@ -135,3 +136,20 @@ def test_a_kernel_is_a_kernel() -> None:
     """The decorator makes what other kernels recognise."""
     assert isinstance(squared, Kernel)
     assert squared(3) == 9
+
+
+@kernel
+def total_asked_ahead(vector: Any) -> float:
+    """Sum, asking for memory that lies ahead, and at last for what lies beyond the end."""
+    total = 0.0
+    for index in range(vector.size):
+        prefetch(vector, np.uint64(index + 100))
+        total += vector[index]
+    return total
+
+
+def test_memory_may_be_asked_beyond_the_end() -> None:
+    """A prefetch changes nothing and reads nothing: in a kernel it is an instruction, elsewhere not even that."""
+    vector = np.arange(1000, dtype=np.float32)
+    assert total_asked_ahead(vector) == float(vector.sum())
+    assert total_asked_ahead.function(vector) == float(vector.sum())

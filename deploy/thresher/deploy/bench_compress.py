@@ -156,8 +156,8 @@ def _matching_add(method: str) -> str:
     return _ADD if method in {_ADD, _IN_PLACE, _FEEDBACK, _EAGER} else _ADD_INTO
 
 
-# After an operation of its own torch keeps its threads spinning for some milliseconds; what is measured next would share
-# a core with one of them, unless it is torch's own.
+# After an operation of its own torch keeps its threads spinning for some milliseconds; what is measured next would
+# share a core with one of them, unless it is torch's own.
 _REST_SECONDS: Final = 0.02
 
 

@@ -97,7 +97,7 @@ def _prefetch_instruction() -> Any:  # noqa: ANN401 - numba's own
     """LLVM's prefetch, into all caches, for reading."""
     from llvmlite import ir  # noqa: PLC0415  # as numba
     from numba import types  # noqa: PLC0415
-    from numba.core import cgutils  # noqa: PLC0415
+    from numba.core.cgutils import get_or_insert_function  # noqa: PLC0415
     from numba.extending import intrinsic  # noqa: PLC0415
 
     word, address = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -108,7 +108,7 @@ def _prefetch_instruction() -> Any:  # noqa: ANN401 - numba's own
             made = context.make_array(signature.args[0])(context, builder, arguments[0])
             place = builder.bitcast(builder.gep(made.data, [arguments[1]]), address)
             kind = ir.FunctionType(ir.VoidType(), [address, word, word, word])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")  # type: ignore[no-untyped-call]
             builder.call(function, [place, read, keep_everywhere, data])
             return context.get_dummy_value()
 
