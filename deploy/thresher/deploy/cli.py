@@ -131,11 +131,22 @@ def serve(
     insecure: Annotated[
         bool, typer.Option(envvar="THRESHER_INSECURE", help="Plain text beyond this machine is fine.")
     ] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(envvar="THRESHER_TLS_CA", help="PEM: whose certificates callers must show.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="THRESHER_TLS_CERT", help="PEM: the certificate of this shard.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(envvar="THRESHER_TLS_KEY", help="PEM: its private key.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(envvar="THRESHER_TOKENS", help="File of lines `role token` that callers may show.")
+    ] = None,
     until_stdin_closes: Annotated[bool, typer.Option(help="End when standard input does.")] = False,
 ) -> None:
     """Run one shard until SIGTERM. Prints its address as one JSON line when it serves."""
+    from thresher.protos.credentials import TlsFiles
     from thresher.server.server import ServerConfig
-    from thresher.server.shard import ShardConfig
+    from thresher.server.config import ShardConfig
 
     with _errors_told(Console(stderr=True)):
         if not 0 <= shard < shards or workers < 1:
@@ -146,8 +157,36 @@ def serve(
                 start_timeout=start_timeout, round_timeout=round_timeout, lease=lease, log_cap_bytes=log_cap,
             ),
             listen, metrics, iterations, insecure=insecure, per_worker_metrics=worker_labels,
+            tls=TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None, tokens=tokens,
         )  # fmt: skip
         asyncio.run(_serve(config, until_stdin_closes=until_stdin_closes))
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="Where the files go; made where it is missing.")],
+    hosts: Annotated[
+        str, typer.Option(help="Hosts of the shards beside this one, such as shard-0.example,10.0.0.7.")
+    ] = "",
+    workers: Annotated[int, typer.Option(help="Number of workers.")] = 1,
+    days: Annotated[int, typer.Option(help="How long they are good for.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the paths as JSON.")] = False,
+) -> None:
+    """Make certificates for a trial of mTLS: an authority, and what a shard, workers and readers show."""
+    with _errors_told(Console(stderr=True)):
+        try:
+            from thresher.deploy.certificates import write_certificates
+        except ModuleNotFoundError:
+            raise ConfigurationError(
+                "to make certificates takes the package cryptography: pip install 'thresher[certs]'"
+            ) from None
+        paths = write_certificates(folder, [host for host in hosts.split(",") if host], workers, days)
+    if as_json:
+        written = {name: {"certificate": str(pem), "key": str(key)} for name, (pem, key) in paths.items()}
+        typer.echo(json.dumps(written))
+    else:
+        for name, (pem, key) in paths.items():
+            typer.echo(f"{name:10} {pem} {key}")
 
 
 async def _serve(config: "ServerConfig", *, until_stdin_closes: bool) -> None:  # type: ignore[name-defined]  # noqa: F821

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, final
 
 from thresher.protos.errors import RoundFailedError
 from thresher.server.server import ServerConfig, ShardServer
-from thresher.server.shard import ShardConfig
+from thresher.server.config import ShardConfig
 from thresher.server.statistics import ShardStatistics
 from thresher.worker import Method, Session, Settings, connect
 

@@ -25,7 +25,7 @@ from thresher.deploy.results import (
 from thresher.protos.errors import ConfigurationError, ThresherError
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Settings
-from thresher.worker.client import ShardClient
+from thresher.worker.calls import ShardCalls
 from thresher.worker.method import Method
 
 _logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Launch:
         self._children: list[Child] = []
         self._shards: list[Child] = []
         self._workers: list[Child] = []
-        self._clients: list[ShardClient] = []
+        self._clients: list[ShardCalls] = []
         self._statistics: list[pb.StatisticsResponse] = []
         self._passes: dict[int, tuple[int, int]] = {}
 
@@ -198,7 +198,7 @@ class Launch:
                     raise self._failure(child)
                 self._stop.pause(_POLL_SECONDS / 5)
         addresses = [str(child.data["address"]) for child in self._shards]
-        self._clients = [ShardClient(index, address, 0, 0) for index, address in enumerate(addresses)]
+        self._clients = [ShardCalls(index, address, "the launcher") for index, address in enumerate(addresses)]
         return addresses
 
     def _serve_command(self, shard: int) -> list[str]:

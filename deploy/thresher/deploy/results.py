@@ -19,7 +19,7 @@ from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.protos.layout import Layout
 from thresher.protos.replica import PARAMETERS, whole_optimizer_state
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker.client import Snapshot
+from thresher.worker.snapshot import Snapshot
 
 
 @final

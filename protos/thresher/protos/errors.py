@@ -41,6 +41,26 @@ class RoundFailedError(ThresherError, RuntimeError):
     """A round could not be closed; the message names the workers or the shard that are missing."""
 
 
+class FencedError(ThresherError, RuntimeError):
+    """Another life of this worker has taken its place; this one has no say any more."""
+
+
+class BehindError(ThresherError, RuntimeError):
+    """What a worker lacks is behind the cut of the shard's log: it needs a snapshot."""
+
+
+class LostHistoryError(ThresherError, RuntimeError):
+    """A shard has lost what a worker was told; the worker's replica may replace it."""
+
+
+class DataLossError(ThresherError, RuntimeError):
+    """Something that was kept is damaged or gone, and nothing here can replace it; the message says what, and where."""
+
+
+class AccessDeniedError(ThresherError, PermissionError):
+    """A shard does not know the caller, or does not let it do this; the message says what to configure."""
+
+
 class RegistrationError(ThresherError, RuntimeError):
     """A shard refused this worker: another model, another optimizer, a rank that is taken."""
 

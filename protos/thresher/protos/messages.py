@@ -1,13 +1,13 @@
 """Values ↔ protobuf messages, and payloads ↔ chunks. The only module, beside the gRPC edges, that knows protobuf."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, final
+from typing import Final, cast, final
 
-from thresher.protos.codec import decode, encode, frame_bytes_bound
-from thresher.protos.errors import FrameError, LayoutError, OptimizerError, ProtocolError
+from thresher.protos.codec import frame_bytes_bound
+from thresher.protos.consistency import Consistency, Downlink, Mode
+from thresher.protos.errors import FrameError, LayoutError, OptimizerError
 from thresher.protos.layout import Layout, Slice, TensorSpec
 from thresher.protos.optimizers import Hyperparameter, OptimizerSpec, Override
-from thresher.protos.update import Update, pack_presence, unpack_presence
 from thresher.v1 import aggregation_pb2 as pb
 
 CHUNK_BYTES: Final = 1 << 20
@@ -61,6 +61,32 @@ def optimizer_from_message(message: pb.Optimizer) -> OptimizerSpec:
     return OptimizerSpec(message.name, groups)
 
 
+def consistency_to_message(consistency: Consistency) -> pb.Consistency:
+    """Write when rounds close."""
+    return pb.Consistency(
+        mode=consistency.mode,
+        quorum=consistency.quorum,
+        grace_seconds=consistency.grace,
+        staleness=consistency.staleness,
+        max_staleness=consistency.max_staleness,
+        downlink=consistency.downlink,
+        shadow_threshold=consistency.shadow_threshold,
+    )
+
+
+def consistency_from_message(message: pb.Consistency) -> Consistency:
+    """Read when rounds close. Raises ConfigurationError when it makes no sense."""
+    return Consistency(
+        mode=cast("Mode", message.mode),
+        quorum=message.quorum,
+        grace=message.grace_seconds,
+        staleness=message.staleness,
+        max_staleness=message.max_staleness,
+        downlink=cast("Downlink", message.downlink),
+        shadow_threshold=message.shadow_threshold,
+    )
+
+
 def overrides_to_messages(overrides: Sequence[Override]) -> list[pb.Override]:
     """Write hyper-parameters that differ from the registered ones."""
     return [pb.Override(group=o.group, name=o.name, value=_value_to_message(o.value)) for o in overrides]
@@ -95,53 +121,6 @@ def _value_from_message(message: pb.Value) -> Hyperparameter:
             return tuple(message.numbers.items)
         case _:
             raise OptimizerError("a hyper-parameter without a value")
-
-
-def update_to_messages(update: Update) -> list[pb.ExchangeResponse]:
-    """Write an update and its frame: once, for all workers."""
-    everyone = update.contributors == tuple(range(update.members))  # after a leave the members are not the first ranks
-    body = pb.Update(
-        version=update.version,
-        members=update.members,
-        contributors=[] if everyone else update.contributors,
-        skipped=update.mean is None,
-        presence=pack_presence(update.presence),
-        overrides=overrides_to_messages(update.overrides),
-        next_threshold=update.next_threshold,
-        only_mean=update.only_mean,
-        pushed_elements=update.pushed_elements,
-        push_bytes=update.push_bytes,
-    )
-    frame = b"" if update.mean is None else encode(update.mean)
-    return [
-        pb.ExchangeResponse(update=body if index == 0 else None, payload_bytes=size, chunk=chunk)
-        for index, (size, chunk) in enumerate(chunks(frame))
-    ]
-
-
-def update_from_message(body: pb.Update, frame: bytearray, piece: Slice) -> Update:
-    """Read an update for a slice.
-
-    Raises:
-        FrameError: when the payload is not a frame of that slice.
-        ProtocolError: when the body makes no sense for it.
-    """
-    try:
-        presence = unpack_presence(body.presence, len(piece.segments))
-    except ValueError as error:
-        raise ProtocolError(str(error)) from error
-    return Update(
-        version=body.version,
-        members=body.members,
-        contributors=tuple(body.contributors) or (() if body.skipped else tuple(range(body.members))),
-        mean=None if body.skipped else decode(frame, numel=piece.numel),
-        presence=presence,
-        overrides=overrides_from_messages(body.overrides),
-        next_threshold=body.next_threshold if body.HasField("next_threshold") else None,
-        only_mean=body.only_mean,
-        pushed_elements=body.pushed_elements,
-        push_bytes=body.push_bytes,
-    )
 
 
 def chunks(payload: bytes) -> Iterator[tuple[int, bytes]]:

@@ -13,6 +13,20 @@ Presence = tuple[bool, ...]
 
 @final
 @dataclass(frozen=True, slots=True)
+class Membership:
+    """Who belongs to the run. The first shard decides; its updates tell the workers, their pushes the other shards.
+
+    Attributes:
+        epoch: Counts the changes; a larger one replaces a smaller one.
+        ranks: Of the members, ascending; their number is the divisor of means.
+    """
+
+    epoch: int
+    ranks: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Update:
     """The record that shards apply, log and send, and that replicas replay.
 
@@ -27,6 +41,11 @@ class Update:
         only_mean: The members wanted the mean alone: the version moves, the model does not.
         pushed_elements: How many elements the contributors pushed, together.
         push_bytes: In how many bytes of exchange messages.
+        arrivals: Rank and step of every push in the round, heard or skipped; empty in lockstep, where all members push.
+        digest: Of the shard's history up to here (`thresher.protos.sealed`).
+        membership: Who belongs to the run from now on, where that has changed.
+        assignments: New values of the shadow, for workers that copy it; ``mean`` stays at the shard then.
+        assigned_versions: How many versions they span.
     """
 
     version: int
@@ -39,6 +58,11 @@ class Update:
     only_mean: bool = False
     pushed_elements: int = 0
     push_bytes: int = 0
+    arrivals: tuple[tuple[int, int], ...] = ()
+    digest: bytes = b""
+    membership: Membership | None = None
+    assignments: SparseGradient | None = None
+    assigned_versions: int = 0
 
 
 def pack_presence(presence: Sequence[bool]) -> bytes:

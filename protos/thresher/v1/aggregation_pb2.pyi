@@ -258,6 +258,72 @@ class Environment(google.protobuf.message.Message):
 global___Environment = Environment
 
 @typing.final
+class Consistency(google.protobuf.message.Message):
+    """When rounds close and how workers follow them; equal on all workers, and thereby the run's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    QUORUM_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    STALENESS_FIELD_NUMBER: builtins.int
+    MAX_STALENESS_FIELD_NUMBER: builtins.int
+    DOWNLINK_FIELD_NUMBER: builtins.int
+    SHADOW_THRESHOLD_FIELD_NUMBER: builtins.int
+    mode: builtins.str
+    """"sync", "ssp" or "async"."""
+    quorum: builtins.int
+    """In sync: a round closes when so many members have pushed and the grace is over; 0 waits for all."""
+    grace_seconds: builtins.float
+    """Seconds that a quorum waits for the others."""
+    staleness: builtins.int
+    """In ssp: how many steps a worker may be ahead of the slowest."""
+    max_staleness: builtins.int
+    """Pushes computed on versions older than this are returned; 0 takes all."""
+    downlink: builtins.str
+    """"updates" (workers replay the log) or "shadow" (workers copy assignments)."""
+    shadow_threshold: builtins.float
+    """Threshold of the shadow, in units of parameters."""
+    def __init__(
+        self,
+        *,
+        mode: builtins.str = ...,
+        quorum: builtins.int = ...,
+        grace_seconds: builtins.float = ...,
+        staleness: builtins.int = ...,
+        max_staleness: builtins.int = ...,
+        downlink: builtins.str = ...,
+        shadow_threshold: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["downlink", b"downlink", "grace_seconds", b"grace_seconds", "max_staleness", b"max_staleness", "mode", b"mode", "quorum", b"quorum", "shadow_threshold", b"shadow_threshold", "staleness", b"staleness"]) -> None: ...
+
+global___Consistency = Consistency
+
+@typing.final
+class Membership(google.protobuf.message.Message):
+    """Who belongs to the run. The first shard decides; its updates tell the workers, whose pushes tell the other shards."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    RANKS_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """Counts the changes; a larger one replaces a smaller one."""
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ranks of the members, ascending."""
+
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        ranks: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "ranks", b"ranks"]) -> None: ...
+
+global___Membership = Membership
+
+@typing.final
 class RegisterRequest(google.protobuf.message.Message):
     """A worker asks to take part."""
 
@@ -275,8 +341,9 @@ class RegisterRequest(google.protobuf.message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: builtins.int
     ENVIRONMENT_FIELD_NUMBER: builtins.int
     FINGERPRINT_FIELD_NUMBER: builtins.int
+    CONSISTENCY_FIELD_NUMBER: builtins.int
     rank: builtins.int
-    """0 <= rank < workers; one live worker per rank."""
+    """0 <= rank; one live worker per rank. A new incarnation of a rank takes the place of the earlier one."""
     workers: builtins.int
     """Number of workers the run starts with, as the worker was told."""
     incarnation: builtins.int
@@ -305,6 +372,10 @@ class RegisterRequest(google.protobuf.message.Message):
     def environment(self) -> global___Environment:
         """What the worker runs on."""
 
+    @property
+    def consistency(self) -> global___Consistency:
+        """How workers keep step; equal on all workers."""
+
     def __init__(
         self,
         *,
@@ -320,9 +391,10 @@ class RegisterRequest(google.protobuf.message.Message):
         metrics_address: builtins.str = ...,
         environment: global___Environment | None = ...,
         fingerprint: builtins.str = ...,
+        consistency: global___Consistency | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["environment", b"environment", "layout", b"layout", "optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["environment", b"environment", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "layout", b"layout", "method", b"method", "metrics_address", b"metrics_address", "optimizer", b"optimizer", "origin", b"origin", "rank", b"rank", "shard", b"shard", "shards", b"shards", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["consistency", b"consistency", "environment", b"environment", "layout", b"layout", "optimizer", b"optimizer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["consistency", b"consistency", "environment", b"environment", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "layout", b"layout", "method", b"method", "metrics_address", b"metrics_address", "optimizer", b"optimizer", "origin", b"origin", "rank", b"rank", "shard", b"shard", "shards", b"shards", "workers", b"workers"]) -> None: ...
 
 global___RegisterRequest = RegisterRequest
 
@@ -336,6 +408,11 @@ class RegisterResponse(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     SEEDED_FIELD_NUMBER: builtins.int
     ANSWER_TIMEOUT_FIELD_NUMBER: builtins.int
+    SETTLED_STEPS_FIELD_NUMBER: builtins.int
+    IN_OPEN_ROUND_FIELD_NUMBER: builtins.int
+    LAST_VERDICT_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_FIELD_NUMBER: builtins.int
+    AGREEMENTS_FIELD_NUMBER: builtins.int
     run: builtins.int
     """Random number of the run; equal in everything this shard says during its life."""
     version: builtins.int
@@ -344,6 +421,18 @@ class RegisterResponse(google.protobuf.message.Message):
     """True when the shard has its starting values."""
     answer_timeout: builtins.float
     """Seconds after which a push is answered at the latest, if only by the reason why its round has failed."""
+    settled_steps: builtins.int
+    """One more than the last step of this rank whose push has its verdict; 0 before the first."""
+    in_open_round: builtins.bool
+    """True when the push of step `settled_steps` is in the round that is open."""
+    last_verdict: global___Verdict.ValueType
+    """What became of the last settled push."""
+    agreements: builtins.int
+    """How many agreements the members have come to."""
+    @property
+    def membership(self) -> global___Membership:
+        """Who belongs to the run, as this shard knows it."""
+
     def __init__(
         self,
         *,
@@ -351,10 +440,80 @@ class RegisterResponse(google.protobuf.message.Message):
         version: builtins.int = ...,
         seeded: builtins.bool = ...,
         answer_timeout: builtins.float = ...,
+        settled_steps: builtins.int = ...,
+        in_open_round: builtins.bool = ...,
+        last_verdict: global___Verdict.ValueType = ...,
+        membership: global___Membership | None = ...,
+        agreements: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["answer_timeout", b"answer_timeout", "run", b"run", "seeded", b"seeded", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["membership", b"membership"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "membership", b"membership", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
+
+@typing.final
+class History(google.protobuf.message.Message):
+    """A place in the history of one shard."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    run: builtins.int
+    """Random number of the run."""
+    version: builtins.int
+    """Number of updates applied."""
+    digest: builtins.bytes
+    """Chained digest of all of them (protos/README.md)."""
+    def __init__(
+        self,
+        *,
+        run: builtins.int = ...,
+        version: builtins.int = ...,
+        digest: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "run", b"run", "version", b"version"]) -> None: ...
+
+global___History = History
+
+@typing.final
+class Refill(google.protobuf.message.Message):
+    """What a shard that lost its state needs beside parameters and optimizer state, to go on from a worker's replica."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HISTORY_FIELD_NUMBER: builtins.int
+    OVERRIDES_FIELD_NUMBER: builtins.int
+    NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_FIELD_NUMBER: builtins.int
+    next_threshold: builtins.float
+    """Threshold for the coming round; absent for methods without one."""
+    @property
+    def history(self) -> global___History:
+        """Where the replica is."""
+
+    @property
+    def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
+        """Hyper-parameters in force that differ from the registered ones."""
+
+    @property
+    def membership(self) -> global___Membership:
+        """Who belongs to the run."""
+
+    def __init__(
+        self,
+        *,
+        history: global___History | None = ...,
+        overrides: collections.abc.Iterable[global___Override] | None = ...,
+        next_threshold: builtins.float | None = ...,
+        membership: global___Membership | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold", "overrides", b"overrides"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
+
+global___Refill = Refill
 
 @typing.final
 class SeedRequest(google.protobuf.message.Message):
@@ -366,6 +525,7 @@ class SeedRequest(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
+    REFILL_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Rank and incarnation of the sender; in every part."""
     incarnation: builtins.int
@@ -374,6 +534,10 @@ class SeedRequest(google.protobuf.message.Message):
     """Length of the whole file in bytes; in every part."""
     chunk: builtins.bytes
     """At most 1 MiB of it."""
+    @property
+    def refill(self) -> global___Refill:
+        """In the first part, where these are not starting values but what a shard has lost."""
+
     def __init__(
         self,
         *,
@@ -381,8 +545,10 @@ class SeedRequest(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         total_bytes: builtins.int = ...,
         chunk: builtins.bytes = ...,
+        refill: global___Refill | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "incarnation", b"incarnation", "rank", b"rank", "total_bytes", b"total_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["refill", b"refill"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "incarnation", b"incarnation", "rank", b"rank", "refill", b"refill", "total_bytes", b"total_bytes"]) -> None: ...
 
 global___SeedRequest = SeedRequest
 
@@ -433,12 +599,17 @@ class SnapshotResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     LAYOUT_FIELD_NUMBER: builtins.int
     OPTIMIZER_FIELD_NUMBER: builtins.int
+    HISTORY_FIELD_NUMBER: builtins.int
+    NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of updates this state contains; in every part."""
     total_bytes: builtins.int
     """Length of the whole file in bytes; in every part."""
     chunk: builtins.bytes
     """At most 1 MiB of it."""
+    next_threshold: builtins.float
+    """Threshold for the coming round; in the first part only, absent for methods without one."""
     @property
     def layout(self) -> global___Layout:
         """The model this is a slice of; in the first part only."""
@@ -446,6 +617,14 @@ class SnapshotResponse(google.protobuf.message.Message):
     @property
     def optimizer(self) -> global___Optimizer:
         """The optimizer with the hyper-parameters of the last update; in the first part only."""
+
+    @property
+    def history(self) -> global___History:
+        """Where in the shard's history this state is; in the first part only."""
+
+    @property
+    def membership(self) -> global___Membership:
+        """Who belongs to the run; in the first part only."""
 
     def __init__(
         self,
@@ -455,9 +634,13 @@ class SnapshotResponse(google.protobuf.message.Message):
         chunk: builtins.bytes = ...,
         layout: global___Layout | None = ...,
         optimizer: global___Optimizer | None = ...,
+        history: global___History | None = ...,
+        next_threshold: builtins.float | None = ...,
+        membership: global___Membership | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["layout", b"layout", "optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "layout", b"layout", "optimizer", b"optimizer", "total_bytes", b"total_bytes", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "chunk", b"chunk", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer", "total_bytes", b"total_bytes", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___SnapshotResponse = SnapshotResponse
 
@@ -470,20 +653,28 @@ class Hello(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """As registered."""
     incarnation: builtins.int
     """As registered."""
     version: builtins.int
     """The version the worker's replica is at; updates after it follow."""
+    run: builtins.int
+    """The run the worker knows this shard to be in; 0 for one that knows none."""
+    digest: builtins.bytes
+    """The digest the worker was told with `version`; empty for one that knows none."""
     def __init__(
         self,
         *,
         rank: builtins.int = ...,
         incarnation: builtins.int = ...,
         version: builtins.int = ...,
+        run: builtins.int = ...,
+        digest: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "rank", b"rank", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "incarnation", b"incarnation", "rank", b"rank", "run", b"run", "version", b"version"]) -> None: ...
 
 global___Hello = Hello
 
@@ -530,8 +721,10 @@ class Push(google.protobuf.message.Message):
     RESIDUAL_SQUARED_FIELD_NUMBER: builtins.int
     NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
     ONLY_MEAN_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
     step: builtins.int
-    """The worker's step, counted from 0."""
+    """Number of this push, counted from 0: with the rank, its identity. In lockstep, the version of every shard."""
     version: builtins.int
     """The version of the parameters the gradient was computed on."""
     skipped: builtins.bool
@@ -544,9 +737,15 @@ class Push(google.protobuf.message.Message):
     """Threshold that rank 0 proposes for the next round; absent on other ranks and for methods without one."""
     only_mean: builtins.bool
     """True when the members only want the mean of what they push: the version moves, the model does not."""
+    lost: builtins.bool
+    """True when the worker has lost its state, and with it what it would have said in this step."""
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
         """Hyper-parameters that differ from the registered ones."""
+
+    @property
+    def membership(self) -> global___Membership:
+        """Who belongs to the run, where the worker knows it better than this shard."""
 
     def __init__(
         self,
@@ -559,9 +758,11 @@ class Push(google.protobuf.message.Message):
         residual_squared: builtins.float = ...,
         next_threshold: builtins.float | None = ...,
         only_mean: builtins.bool = ...,
+        membership: global___Membership | None = ...,
+        lost: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "lost", b"lost", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Push = Push
@@ -572,25 +773,109 @@ class Leave(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    STEP_FIELD_NUMBER: builtins.int
     PUSH_BYTES_FIELD_NUMBER: builtins.int
     PULL_BYTES_FIELD_NUMBER: builtins.int
-    step: builtins.int
-    """The first step the worker takes no part in."""
+    ABANDONED_SQUARED_FIELD_NUMBER: builtins.int
+    COUNTED_FIELD_NUMBER: builtins.int
     push_bytes: builtins.int
     """Bytes of exchange messages this worker has sent to this shard, this one not counted."""
     pull_bytes: builtins.int
     """Bytes of exchange messages this worker has received from this shard."""
+    abandoned_squared: builtins.float
+    """Sum of squares of what the worker has not sent and takes with it."""
+    counted: builtins.bool
+    """True when the two counts cover the whole run: the worker has neither reconnected nor been restarted."""
     def __init__(
         self,
         *,
-        step: builtins.int = ...,
         push_bytes: builtins.int = ...,
         pull_bytes: builtins.int = ...,
+        abandoned_squared: builtins.float = ...,
+        counted: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["abandoned_squared", b"abandoned_squared", "counted", b"counted", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes"]) -> None: ...
 
 global___Leave = Leave
+
+@typing.final
+class Agree(google.protobuf.message.Message):
+    """Numbers on which the members want to agree, outside of rounds. Asked of the first shard only."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ValuesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Counts the worker's agreements, from 0; all members ask in the same order."""
+    @property
+    def values(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """The worker's values by name; all members use the same names."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        values: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "values", b"values"]) -> None: ...
+
+global___Agree = Agree
+
+@typing.final
+class Agreed(google.protobuf.message.Message):
+    """What the members agree on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ValuesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """As asked."""
+    @property
+    def values(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Mean over the members, by name."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        values: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "values", b"values"]) -> None: ...
+
+global___Agreed = Agreed
 
 @typing.final
 class Abort(google.protobuf.message.Message):
@@ -622,6 +907,7 @@ class ExchangeRequest(google.protobuf.message.Message):
     PUSH_FIELD_NUMBER: builtins.int
     LEAVE_FIELD_NUMBER: builtins.int
     ABORT_FIELD_NUMBER: builtins.int
+    AGREE_FIELD_NUMBER: builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     payload_bytes: builtins.int
@@ -644,6 +930,10 @@ class ExchangeRequest(google.protobuf.message.Message):
     def abort(self) -> global___Abort:
         """The worker failed."""
 
+    @property
+    def agree(self) -> global___Agree:
+        """The worker wants to agree on numbers."""
+
     def __init__(
         self,
         *,
@@ -651,12 +941,13 @@ class ExchangeRequest(google.protobuf.message.Message):
         push: global___Push | None = ...,
         leave: global___Leave | None = ...,
         abort: global___Abort | None = ...,
+        agree: global___Agree | None = ...,
         payload_bytes: builtins.int = ...,
         chunk: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["abort", b"abort", "body", b"body", "hello", b"hello", "leave", b"leave", "push", b"push"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["abort", b"abort", "body", b"body", "chunk", b"chunk", "hello", b"hello", "leave", b"leave", "payload_bytes", b"payload_bytes", "push", b"push"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "push", "leave", "abort"] | None: ...
+    def HasField(self, field_name: typing.Literal["abort", b"abort", "agree", b"agree", "body", b"body", "hello", b"hello", "leave", b"leave", "push", b"push"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "agree", b"agree", "body", b"body", "chunk", b"chunk", "hello", b"hello", "leave", b"leave", "payload_bytes", b"payload_bytes", "push", b"push"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "push", "leave", "abort", "agree"] | None: ...
 
 global___ExchangeRequest = ExchangeRequest
 
@@ -704,6 +995,11 @@ class Update(google.protobuf.message.Message):
     ONLY_MEAN_FIELD_NUMBER: builtins.int
     PUSHED_ELEMENTS_FIELD_NUMBER: builtins.int
     PUSH_BYTES_FIELD_NUMBER: builtins.int
+    ARRIVED_FIELD_NUMBER: builtins.int
+    ARRIVED_STEPS_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_FIELD_NUMBER: builtins.int
+    ASSIGNED_VERSIONS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """The version this update creates."""
     members: builtins.int
@@ -720,6 +1016,10 @@ class Update(google.protobuf.message.Message):
     """Elements that the contributors pushed, together."""
     push_bytes: builtins.int
     """Bytes of exchange messages in which they came."""
+    digest: builtins.bytes
+    """Chained digest of the shard's history up to this version (protos/README.md)."""
+    assigned_versions: builtins.int
+    """Where the payload holds assignments to the shadow instead of the mean: how many versions, this one included."""
     @property
     def contributors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ranks whose pushes are in the mean, ascending; empty means 0 … members - 1, or none where `skipped` is set."""
@@ -727,6 +1027,18 @@ class Update(google.protobuf.message.Message):
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
         """Hyper-parameters in force that differ from the registered ones."""
+
+    @property
+    def arrived(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ranks whose pushes are in the round, heard or skipped, ascending; empty in lockstep, where all members push."""
+
+    @property
+    def arrived_steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The step of each of these pushes."""
+
+    @property
+    def membership(self) -> global___Membership:
+        """Who belongs to the run from now on, where that has changed."""
 
     def __init__(
         self,
@@ -741,9 +1053,14 @@ class Update(google.protobuf.message.Message):
         only_mean: builtins.bool = ...,
         pushed_elements: builtins.int = ...,
         push_bytes: builtins.int = ...,
+        arrived: collections.abc.Iterable[builtins.int] | None = ...,
+        arrived_steps: collections.abc.Iterable[builtins.int] | None = ...,
+        digest: builtins.bytes = ...,
+        membership: global___Membership | None = ...,
+        assigned_versions: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "contributors", b"contributors", "members", b"members", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "push_bytes", b"push_bytes", "pushed_elements", b"pushed_elements", "skipped", b"skipped", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "arrived", b"arrived", "arrived_steps", b"arrived_steps", "assigned_versions", b"assigned_versions", "contributors", b"contributors", "digest", b"digest", "members", b"members", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "push_bytes", b"push_bytes", "pushed_elements", b"pushed_elements", "skipped", b"skipped", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Update = Update
@@ -757,6 +1074,7 @@ class ExchangeResponse(google.protobuf.message.Message):
     UPDATE_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
     LEFT_FIELD_NUMBER: builtins.int
+    AGREED_FIELD_NUMBER: builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     payload_bytes: builtins.int
@@ -775,18 +1093,23 @@ class ExchangeResponse(google.protobuf.message.Message):
     def left(self) -> global___Left:
         """The leave is recorded: nothing more will follow."""
 
+    @property
+    def agreed(self) -> global___Agreed:
+        """The members have agreed."""
+
     def __init__(
         self,
         *,
         update: global___Update | None = ...,
         result: global___PushResult | None = ...,
         left: global___Left | None = ...,
+        agreed: global___Agreed | None = ...,
         payload_bytes: builtins.int = ...,
         chunk: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["body", b"body", "left", b"left", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["body", b"body", "chunk", b"chunk", "left", b"left", "payload_bytes", b"payload_bytes", "result", b"result", "update", b"update"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["update", "result", "left"] | None: ...
+    def HasField(self, field_name: typing.Literal["agreed", b"agreed", "body", b"body", "left", b"left", "result", b"result", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "body", b"body", "chunk", b"chunk", "left", b"left", "payload_bytes", b"payload_bytes", "result", b"result", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["update", "result", "left", "agreed"] | None: ...
 
 global___ExchangeResponse = ExchangeResponse
 

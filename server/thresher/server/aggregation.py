@@ -4,47 +4,87 @@ from collections.abc import Sequence
 
 from thresher.protos.mean import mean_of
 from thresher.protos.optimizers import OptimizerSpec, Override
-from thresher.protos.update import Update
+from thresher.protos.sealed import SealedUpdate
+from thresher.protos.update import Membership, Update
 from thresher.server.events import IterationRow, Push
+from thresher.server.facts import Closed, Contribution
 
 
-def update_of(pushes: Sequence[Push], members: int, version: int, threshold: float | None) -> Update:
-    """Return the update that a full round produces.
+def update_of(
+    pushes: Sequence[Push],
+    members: int,
+    version: int,
+    threshold: float | None,
+    membership: Membership | None,
+    *,
+    in_lockstep: bool,
+) -> Update:
+    """Return the update that a round produces.
 
     Args:
         pushes: The round's, in rank order; at least one. Skipped ones arrive with weight 0.
         members: The divisor of the mean.
         version: The version the update creates.
         threshold: In force so far; it stays where no push proposes another.
+        membership: Who belongs to the run from now on, where that changes.
+        in_lockstep: All members push, so that nobody needs to be told who did.
     """
     heard = [(push, push.gradient) for push in pushes if push.gradient is not None]
     presence = tuple(any(flags) for flags in zip(*(push.presence for push, _ in heard), strict=True))
     proposals = [push.next_threshold for push in pushes if push.next_threshold is not None]
+    # Who is late may still be at earlier hyper-parameters; in lockstep all have the same.
+    newest = max(pushes, key=lambda push: (not push.lost, push.version))
     return Update(
         version=version,
         members=members,
         contributors=tuple(push.worker.rank for push, _ in heard),
-        mean=mean_of([gradient for _, gradient in heard], members) if heard else None,
+        arrivals=() if in_lockstep else tuple((push.worker.rank, push.step) for push in pushes),
+        mean=mean_of([gradient for _, gradient in heard], max(members, len(heard))) if heard else None,
         presence=presence if heard else (True,) * len(pushes[0].presence),
-        overrides=pushes[0].overrides,
+        overrides=newest.overrides,
         next_threshold=proposals[0] if proposals else threshold,
-        only_mean=pushes[0].only_mean,
+        only_mean=newest.only_mean,
         pushed_elements=sum(gradient.count for _, gradient in heard),
         push_bytes=sum(push.wire_bytes for push in pushes),
+        membership=membership,
     )
 
 
-def row_of(
-    update: Update,
-    pushes: Sequence[Push],
-    *,
-    shard: int,
-    numel: int,
-    threshold: float | None,
-    learning_rate: float | None,
-    round_seconds: float,
-) -> IterationRow:
-    """Return the round's line of the per-iteration file, as far as it is known before the update has been sent."""
+def closed_round(
+    sealed: SealedUpdate, pushes: Sequence[Push], threshold: float | None, version: int, round_seconds: float
+) -> Closed:
+    """Return the record of a round.
+
+    Args:
+        sealed: Its update.
+        pushes: In rank order.
+        threshold: The one it was computed with.
+        version: The version before it.
+        round_seconds: From the first push to the close.
+    """
+    return Closed(
+        sealed=sealed,
+        contributions=tuple(
+            Contribution(
+                rank=push.worker.rank,
+                step=push.step,
+                content=push.content,
+                wire_bytes=push.wire_bytes,
+                elements=push.gradient.count if push.gradient is not None else 0,
+                staleness=version - push.version,
+                heard=push.gradient is not None,
+            )
+            for push in pushes
+        ),
+        threshold=threshold,
+        residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),
+        round_seconds=round_seconds,
+    )
+
+
+def row_of(closed: Closed, shard: int, numel: int, spec: OptimizerSpec) -> IterationRow:
+    """Return the round's line of the per-iteration file."""
+    update = closed.sealed.update
     return IterationRow(
         shard=shard,
         numel=numel,
@@ -54,15 +94,16 @@ def row_of(
         skipped=update.mean is None,
         only_mean=update.only_mean,
         push_bytes=update.push_bytes,
-        pull_bytes=0,
+        pull_bytes=sum(wire_bytes for _, wire_bytes in closed.deliveries),
         pushed_elements=update.pushed_elements,
         push_density=update.pushed_elements / (update.members * numel),
         update_elements=update.mean.count if update.mean is not None else 0,
         update_density=update.mean.density if update.mean is not None else 0.0,
-        residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),
-        threshold=threshold,
-        learning_rate=learning_rate,
-        round_seconds=round_seconds,
+        residual_squared=closed.residual_squared,
+        threshold=closed.threshold,
+        learning_rate=learning_rate_of(spec, update.overrides),
+        round_seconds=closed.round_seconds,
+        staleness=max(one.staleness for one in closed.contributions),
     )
 
 

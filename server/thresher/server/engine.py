@@ -1,7 +1,8 @@
 """The one thread that owns a shard: events in through a bounded mailbox, effects out.
 
 Everything else (sockets, deadlines, waiting) happens on the asyncio loop. The two meet at two places only: `submit`
-puts an event into the mailbox, and answers come back by ``call_soon_threadsafe``.
+puts an event into the mailbox, and answers come back by ``call_soon_threadsafe``. Nobody is told of anything before it
+is in the journal.
 """
 
 import asyncio
@@ -10,17 +11,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Final, Generic, Protocol, TypeVar, final
+from typing import Final, Protocol, final
 
 from thresher.protos.errors import ProtocolError, ThresherError
-from thresher.protos.update import Update
-from thresher.server import events
-from thresher.server.events import Effect, Event, IterationRow
+from thresher.protos.faults import reached
+from thresher.protos.sealed import SealedUpdate
+from thresher.server import effects, events
+from thresher.server.effects import Effect
+from thresher.server.events import Event, IterationRow
+from thresher.server.facts import Agreed, Closed, Record, record_to_bytes
+from thresher.server.journal import Journal, JournalError
 from thresher.server.shard import Shard
 from thresher.server.statistics import ShardStatistics
 
 MAILBOX_EVENTS: Final = 1024
 _TICK_SECONDS: Final = 0.2
+_PAUSE_SECONDS: Final = 1.0
 _ENDED: Final = "the shard has ended"
 
 _logger = logging.getLogger(__name__)
@@ -28,55 +34,55 @@ _logger = logging.getLogger(__name__)
 Answer = asyncio.Future[list[Effect]]
 
 
-class Encoded(Protocol):
-    """An update as it is sent; only its size matters here."""
+class Subscriber(Protocol):
+    """Who hears what concerns workers. Called on the asyncio loop, in the order in which things happened."""
 
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes that each worker will receive."""
-        ...
+    def publish(self, sealed: SealedUpdate, ranks: tuple[int, ...]) -> None:
+        """Send an update to these workers, as far as they are connected."""
 
+    def tell(self, agreed: Agreed, ranks: tuple[int, ...]) -> None:
+        """Tell these workers what was agreed."""
 
-E_contra = TypeVar("E_contra", bound=Encoded, contravariant=True)
-E = TypeVar("E", bound=Encoded)
-
-
-class Subscriber(Protocol[E_contra]):
-    """Who hears what concerns everybody. Called on the asyncio loop, in the order in which things happened."""
-
-    def publish(self, update: E_contra) -> None:
-        """Send an encoded update to every connected worker."""
+    def restart(self, ranks: tuple[int, ...]) -> None:
+        """End the streams of these workers, which will come back."""
 
     def fail(self, reason: str) -> None:
         """Tell every connected worker that the run cannot go on."""
 
 
 @final
-class Engine(Generic[E]):
+class Engine:
     """Runs a `Shard` on a thread of its own.
 
     Args:
         shard: The state machine; from now on nobody else touches it.
-        encode: Turns an update into what subscribers send; called once for each update.
+        name: For messages and fault plans: ``shard 1``.
         record: Takes each row of the per-iteration file.
+        journal: Where records and checkpoints go; None keeps everything in memory only.
+        patience: Seconds for which a journal that cannot be written pauses the run before it fails.
     """
 
     def __init__(
         self,
         shard: Shard,
-        encode: Callable[[Update], E],
+        name: str,
         record: Callable[[IterationRow], None],
+        journal: Journal | None = None,
+        patience: float = 1800.0,
     ) -> None:
         """Prepare; `start` begins."""
         self._shard = shard
-        self._encode = encode
+        self._name = name
         self._record = record
+        self._journal = journal
+        self._patience = patience
         self._mailbox: queue.SimpleQueue[tuple[Event, Answer] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="shard", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._statistics = shard.statistics()
         self._ended = False
+        self._ending = threading.Event()
 
-    def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber[E]) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber) -> None:
         """Begin to take events; answers and effects are delivered on ``loop``."""
         self._loop, self._subscriber = loop, subscriber
         self._room = asyncio.Semaphore(MAILBOX_EVENTS)
@@ -84,6 +90,7 @@ class Engine(Generic[E]):
 
     def stop(self) -> None:
         """Finish what is in the mailbox and end the thread."""
+        self._ending.set()
         self._mailbox.put(None)
         self._thread.join()
 
@@ -137,41 +144,83 @@ class Engine(Generic[E]):
 
     def _take(self, event: Event, answer: Answer) -> None:
         try:
-            effects = self._shard.handle(event, time.monotonic())
-            self._perform(effects)
+            done = self._shard.handle(event, time.monotonic())
+            if isinstance(event, events.Push):
+                reached(self._name, "round open")
+            self._perform(done)
         except ThresherError as error:
             self._tell(answer, error)
         except Exception as error:  # a bug: the sender must hear of it, and the thread must live to say so
             _logger.exception("the shard could not handle %s", type(event).__name__)
             self._tell(answer, error)
         else:
-            self._tell(answer, effects)
+            self._tell(answer, done)
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _perform(self, done: list[Effect]) -> None:
         """Do what the shard wants done; answers to the sender are left to the sender.
 
         Counters are renewed first: who hears of something and then asks for them finds it counted.
         """
         self._statistics = self._shard.statistics()
-        for effect in effects:
+        for effect in done:
             match effect:
-                case events.Publish(update):
-                    self._publish(update)
-                case events.Record(row):
+                case effects.Append(record):
+                    self._append(record)
+                case effects.Checkpoint():
+                    self._checkpoint(effect)
+                case effects.Publish(sealed, ranks):
+                    self._loop.call_soon_threadsafe(self._subscriber.publish, sealed, ranks)
+                case effects.Tell(agreed, ranks):
+                    self._loop.call_soon_threadsafe(self._subscriber.tell, agreed, ranks)
+                case effects.Restart(ranks):
+                    self._loop.call_soon_threadsafe(self._subscriber.restart, ranks)
+                case effects.WriteRow(row):
                     self._write(row)
-                case events.Notice(text):
+                case effects.Notice(text):
                     _logger.warning("%s", text)
-                case events.Failed(reason):
+                case effects.Failed(reason):
                     _logger.error("%s", reason)
                     self._loop.call_soon_threadsafe(self._subscriber.fail, reason)
                 case _:
                     pass
 
-    def _publish(self, update: Update) -> None:
-        encoded = self._encode(update)
-        published = events.Published(update.version, encoded.wire_bytes)
-        self._perform(self._shard.handle(published, time.monotonic()))
-        self._loop.call_soon_threadsafe(self._subscriber.publish, encoded)
+    def _append(self, record: Record) -> None:
+        if self._journal is None:
+            return
+        journal, closed = self._journal, isinstance(record, Closed)
+        if closed:
+            reached(self._name, "apply")  # done in memory, and nowhere else
+        self._insist(lambda: journal.append(record_to_bytes(record)))
+        if closed:
+            reached(self._name, "append")  # on disk, and told to nobody
+
+    def _checkpoint(self, checkpoint: effects.Checkpoint) -> None:
+        journal = self._journal
+        if journal is None or (journal.checkpointing and not checkpoint.wait):
+            return  # the last one is still being written: the next will come, and the log has everything
+
+        def write() -> None:
+            journal.checkpoint(checkpoint.table, checkpoint.tensors)
+            reached(self._name, "checkpoint")
+            if checkpoint.wait:
+                journal.wait()
+
+        self._insist(write)
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        """Write; while that fails, on a full disk say, the run pauses: nobody is told, and nothing is lost."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                write()
+            except JournalError as error:
+                _logger.error("%s is paused: %s", self._name, error)  # noqa: TRY400 - it says all
+                if time.monotonic() >= deadline or self._ending.wait(min(_PAUSE_SECONDS, self._patience)):
+                    reason = f"{self._name} could not write its journal for {self._patience:.0f} s: {error}"
+                    self._perform(self._shard.handle(events.Fail(reason), time.monotonic()))
+                    raise
+            else:
+                return
 
     def _write(self, row: IterationRow) -> None:
         """Record a row. One that cannot be written, on a full disk say, is told, and keeps no worker waiting."""

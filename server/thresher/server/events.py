@@ -1,4 +1,4 @@
-"""What can happen to a shard (events), and what it wants done about it (effects). Plain values, no I/O."""
+"""What can happen to a shard. Plain values, no I/O; what it wants done about it is in `effects`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,10 +7,11 @@ from typing import final
 
 from torch import Tensor
 
+from thresher.protos.consistency import Consistency
 from thresher.protos.layout import Layout
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sparse import SparseGradient
-from thresher.protos.update import Presence, Update
+from thresher.protos.update import Membership, Presence
 
 
 @final
@@ -20,6 +21,16 @@ class Worker:
 
     rank: int
     incarnation: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class History:
+    """A place in the history of one shard: the run, how many updates, and their chained digest (empty: not known)."""
+
+    run: int = 0
+    version: int = 0
+    digest: bytes = b""
 
 
 @final
@@ -34,6 +45,7 @@ class Register:
     layout: Layout
     optimizer: OptimizerSpec
     method: str
+    consistency: Consistency = Consistency()  # noqa: RUF009 - it is frozen
     origin: str = ""
     metrics_address: str = ""
     environment: tuple[str, ...] = ()
@@ -51,11 +63,25 @@ class Seed:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Hello:
-    """A worker opens its exchange stream; its replica is at ``version``."""
+class Refill:
+    """A worker's replica, for a shard that has lost what the worker was told. ``state`` is what `Replica` takes."""
 
     worker: Worker
-    version: int
+    history: History
+    state: Mapping[str, Tensor]
+    untrained: Mapping[str, Tensor]
+    overrides: tuple[Override, ...]
+    threshold: float | None
+    membership: Membership
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A worker opens its exchange stream; ``history`` is the last it was told."""
+
+    worker: Worker
+    history: History
 
 
 @final
@@ -63,7 +89,8 @@ class Hello:
 class Push:
     """A worker's contribution to a round; ``gradient`` is None when the worker skips the step.
 
-    ``content`` identifies what was sent: equal for a repetition, different for anything else.
+    ``content`` identifies what was sent: equal for a repetition, different for anything else. ``membership`` is what
+    the first shard told the worker. ``lost`` says that the worker has lost its state, and that this is a stand-in.
     """
 
     worker: Worker
@@ -75,6 +102,8 @@ class Push:
     residual_squared: float = 0.0
     next_threshold: float | None = None
     only_mean: bool = False
+    membership: Membership | None = None
+    lost: bool = False
     wire_bytes: int = 0
     content: int = 0
 
@@ -82,16 +111,28 @@ class Push:
 @final
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """A worker takes no part from ``step`` on. ``untrained`` are the model's buffers (rank 0, shard 0 only).
+    """A worker takes no part any more. ``untrained`` are the model's buffers (rank 0, shard 0 only).
 
-    ``push_bytes`` and ``pull_bytes`` are the worker's own count of the exchange, to be held against the shard's.
+    ``push_bytes`` and ``pull_bytes`` are the worker's own count of the exchange, to be held against the shard's;
+    ``counted`` says that they cover all of it: the worker has neither reconnected nor been restarted.
     """
 
     worker: Worker
-    step: int
-    push_bytes: int
-    pull_bytes: int
+    push_bytes: int = 0
+    pull_bytes: int = 0
+    counted: bool = False
+    abandoned_squared: float = 0.0
     untrained: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Agree:
+    """A worker wants to agree on numbers: its agreement number ``number``, counted from 0."""
+
+    worker: Worker
+    number: int
+    values: Mapping[str, float]
 
 
 @final
@@ -113,17 +154,22 @@ class Disconnect:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Published:
-    """The update that creates ``version`` is on its way to all connected workers, ``wire_bytes`` to each."""
-
-    version: int
-    wire_bytes: int
+class ReadState:
+    """Somebody wants the shard's state."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class ReadState:
-    """Somebody wants the shard's state."""
+class Drain:
+    """The shard is about to end: what it knows is to be on disk."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """What the shard needs around it is gone: the run cannot go on."""
+
+    reason: str
 
 
 @final
@@ -132,7 +178,10 @@ class Tick:
     """Time has passed."""
 
 
-Event = Register | Seed | Hello | Push | Leave | Abort | Disconnect | Published | ReadState | Tick
+Event = (
+    Register | Seed | Refill | Hello | Push | Agree | Leave | Abort | Disconnect | ReadState | Drain | Fail
+    | Tick
+)  # fmt: skip
 
 
 class Verdict(StrEnum):
@@ -150,7 +199,8 @@ class IterationRow:
     """The truth about one round on one shard: a line of the per-iteration file. Sums are over the contributors.
 
     ``push_density`` is pushed elements over members times slice; ``residual_squared`` the mean over contributors of
-    the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with. In an
+    the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with; ``staleness``
+    the largest of any push, in versions. In an
     ``only_mean`` round nothing was compressed and the model stayed as it is: it is no part of densities.
     """
 
@@ -171,95 +221,4 @@ class IterationRow:
     threshold: float | None
     learning_rate: float | None
     round_seconds: float
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """Answer to `Register`."""
-
-    run: int
-    version: int
-    seeded: bool
-    warning: str = ""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Seeded:
-    """Answer to `Seed`, and the sign that snapshots can be had. ``accepted`` is False for a second seed."""
-
-    accepted: bool
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """Answer to `Hello`: the updates that the worker's replica lacks."""
-
-    updates: tuple[Update, ...]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """Answer to a `Push` that is not (yet) in an update."""
-
-    step: int
-    verdict: Verdict
-    reason: str = ""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class State:
-    """Answer to `ReadState`. ``optimizer`` has the hyper-parameters of the last update in it."""
-
-    version: int
-    tensors: Mapping[str, Tensor]
-    untrained: Mapping[str, Tensor]
-    layout: Layout
-    optimizer: OptimizerSpec
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Left:
-    """Answer to `Leave`."""
-
-    version: int
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Send this update to every connected worker."""
-
-    update: Update
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Write this row to the per-iteration file."""
-
-    row: IterationRow
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Tell the operator."""
-
-    text: str
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The run cannot go on; tell everybody why."""
-
-    reason: str
-
-
-Effect = Registered | Seeded | Backlog | Judged | State | Left | Publish | Record | Notice | Failed
+    staleness: int = 0

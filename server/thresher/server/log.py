@@ -3,10 +3,10 @@
 from collections import deque
 from typing import final
 
-from thresher.protos.errors import ProtocolError
-from thresher.protos.update import Update
+from thresher.protos.errors import BehindError
+from thresher.protos.sealed import SealedUpdate
 
-_RECORD_BYTES = 256  # what an update weighs beside its tensors, roughly
+_RECORD_BYTES = 512  # what an update weighs beside its tensors and its frame, roughly
 
 
 @final
@@ -16,46 +16,51 @@ class UpdateLog:
     Behind the cut there is the snapshot. The newest update is always kept, however large.
     """
 
-    def __init__(self, cap_bytes: int) -> None:
-        """Start empty, at version 0."""
+    def __init__(self, cap_bytes: int, version: int = 0) -> None:
+        """Start empty, behind ``version``."""
         self._cap = cap_bytes
-        self._updates: deque[Update] = deque()
-        self.version = 0
+        self._updates: deque[SealedUpdate] = deque()
+        self.version = version
         self.bytes = 0
 
-    def append(self, update: Update) -> None:
+    def append(self, sealed: SealedUpdate) -> None:
         """Take the next update and forget the oldest ones while the log is above its cap."""
-        self._updates.append(update)
-        self.version = update.version
-        self.bytes += _memory_bytes(update)
+        self._updates.append(sealed)
+        self.version = sealed.update.version
+        self.bytes += _memory_bytes(sealed)
         while self.bytes > self._cap and len(self._updates) > 1:
             self._forget_oldest()
 
     def cut(self, version: int) -> None:
-        """Forget what creates ``version`` or an earlier one: every member has it."""
-        while self._updates and self._updates[0].version <= version:
+        """Forget what creates ``version`` or an earlier one, but not the newest: every member has it."""
+        while len(self._updates) > 1 and self._updates[0].update.version <= version:
             self._forget_oldest()
 
-    def since(self, version: int) -> tuple[Update, ...]:
+    def since(self, version: int) -> tuple[SealedUpdate, ...]:
         """Return the updates after ``version``.
 
         Raises:
-            ProtocolError: when some of them are behind the cut; the reader takes a snapshot instead.
+            BehindError: when some of them are behind the cut; the reader takes a snapshot instead.
         """
-        kept = tuple(update for update in self._updates if update.version > version)
+        kept = tuple(sealed for sealed in self._updates if sealed.update.version > version)
         if len(kept) != self.version - version:
-            raise ProtocolError(
+            raise BehindError(
                 f"updates after version {version} are no longer in the log, which now ends at {self.version}; "
                 "take a snapshot"
             )
         return kept
 
+    def digest(self, version: int) -> bytes:
+        """Return the digest of the history up to ``version``; nothing where it is behind the cut."""
+        return next((sealed.update.digest for sealed in self._updates if sealed.update.version == version), b"")
+
     def _forget_oldest(self) -> None:
         self.bytes -= _memory_bytes(self._updates.popleft())
 
 
-def _memory_bytes(update: Update) -> int:
-    if update.mean is None:
+def _memory_bytes(sealed: SealedUpdate) -> int:
+    mean = sealed.update.mean
+    if mean is None:
         return _RECORD_BYTES
-    dense = update.mean.count == update.mean.numel  # dense gradients share their indices
-    return _RECORD_BYTES + update.mean.values.nbytes + (0 if dense else update.mean.indices.nbytes)
+    dense = mean.count == mean.numel  # dense gradients share their indices
+    return _RECORD_BYTES + len(sealed.frame) + mean.values.nbytes + (0 if dense else mean.indices.nbytes)

@@ -1,12 +1,17 @@
 """Who belongs to the run: one record per rank, as the shard sees it."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import final
+from typing import Final, final
 
-from thresher.protos.errors import ProtocolError, RegistrationError
-from thresher.server.events import Push, Register, Worker
+from thresher.protos.errors import FencedError, ProtocolError, RegistrationError
+from thresher.protos.update import Membership
+from thresher.server.events import Register, Verdict, Worker
 from thresher.server.statistics import MemberStatistics
+
+_REMEMBERED_LIVES: Final = 16
 
 
 class MemberState(StrEnum):
@@ -25,38 +30,45 @@ class MemberState(StrEnum):
 class Member:
     """One rank. Counters cover the exchange only, not registration, seed and snapshots.
 
-    Invariants: ``steps`` is the number of pushes taken; ``version`` the newest version its replica is known to hold.
+    Attributes:
+        state: Where it stands. After a recovery every worker that had come is lost until it comes back.
+        incarnation: Its newest life; 0 when it has never come.
+        retired: Its earlier lives, which are fenced.
+        lost_at: When it stopped to exchange; infinity while it exchanges or has never begun to.
+        version: The newest version it is known to hold.
+        told: The newest version it was sent.
+        settled: One more than the step of its last push that has a verdict.
+        content: Digest of that push.
+        verdict: What became of it.
+        steps: Pushes applied.
     """
 
     rank: int
     state: MemberState = MemberState.WAITED_FOR
     incarnation: int = 0
+    retired: list[int] = field(default_factory=list)
     origin: str = ""
     metrics_address: str = ""
-    lost_at: float = 0.0
+    lost_at: float = math.inf
     version: int = 0
+    told: int = 0
+    settled: int = 0
+    content: int = 0
+    verdict: Verdict = Verdict.APPLIED
     steps: int = 0
-    last_content: int = 0
     push_bytes: int = 0
     pull_bytes: int = 0
     pushed_elements: int = 0
     pushable_elements: int = 0
     density: float = 0.0
 
-    @property
-    def takes_part(self) -> bool:
-        """True until it has left: rounds wait for it and it counts in the divisor."""
-        return self.state is not MemberState.LEFT
+    def absent(self, now: float, lease: float) -> bool:
+        """True when it has been gone for longer than its lease: rounds no longer wait for it."""
+        return now - self.lost_at >= lease
 
-    def count(self, push: Push, numel: int) -> None:
-        """Book a push that was taken; what is pushed for a mean only is no part of densities."""
-        self.steps, self.version, self.last_content = push.step + 1, push.version, push.content
-        self.push_bytes += push.wire_bytes
-        if not push.only_mean:
-            elements = push.gradient.count if push.gradient is not None else 0
-            self.pushed_elements += elements
-            self.pushable_elements += numel
-            self.density = elements / numel
+    def settle(self, step: int, content: int, verdict: Verdict) -> None:
+        """Book the verdict on a push."""
+        self.settled, self.content, self.verdict = step + 1, content, verdict
 
     def statistics(self) -> MemberStatistics:
         """Return a frozen picture of the member."""
@@ -92,52 +104,96 @@ class Member:
 
 @final
 class Members:
-    """All ranks of a run, in order."""
+    """All ranks that ever came, and which of them count.
+
+    Attributes:
+        membership: Whose pushes rounds are made of; its size, less those who have left since, is the divisor.
+    """
 
     def __init__(self, workers: int) -> None:
         """Wait for ranks 0 … ``workers`` - 1."""
-        self.all = [Member(rank) for rank in range(workers)]
+        self._workers = workers
+        self._by_rank = {rank: Member(rank) for rank in range(workers)}
+        self.membership = Membership(0, tuple(range(workers)))
+
+    def __iter__(self) -> Iterator[Member]:
+        """Yield every rank, ascending."""
+        return iter([self._by_rank[rank] for rank in sorted(self._by_rank)])
+
+    def seat(self, rank: int) -> Member:
+        """Return the record of a rank; a new one where it has never been heard of."""
+        return self._by_rank.setdefault(rank, Member(rank))
 
     @property
-    def present(self) -> list[Member]:
-        """Those that take part now, by rank. Their number is the divisor."""
-        return [member for member in self.all if member.takes_part]
+    def counted(self) -> list[Member]:
+        """Those that belong to the run now, by rank. Their number is the divisor."""
+        return [self.seat(rank) for rank in self.membership.ranks]
 
     @property
     def complete(self) -> bool:
-        """True once every rank has come and opened its stream."""
-        return all(member.state not in (MemberState.WAITED_FOR, MemberState.REGISTERED) for member in self.all)
+        """True once every member has come and opened its stream."""
+        return all(
+            member.state not in (MemberState.WAITED_FOR, MemberState.REGISTERED) or member.lost_at < math.inf
+            for member in self.counted
+        )
+
+    def counts(self, member: Member) -> bool:
+        """True when the member belongs to the run."""
+        return member.rank in self.membership.ranks
+
+    def wanted(self, now: float, lease: float) -> Membership:
+        """Return who should belong to the run: without those gone for longer than their lease, with those who came."""
+        gone = {member.rank for member in self.counted if member.absent(now, lease)}
+        come = {member.rank for member in self if member.state is MemberState.EXCHANGING}
+        ranks = tuple(sorted((set(self.membership.ranks) - gone) | come))
+        return self.membership if ranks == self.membership.ranks else Membership(self.membership.epoch + 1, ranks)
+
+    def dismiss(self, rank: int) -> None:
+        """Let a rank belong to the run no more; which epoch that is, the first shard says."""
+        left = tuple(other for other in self.membership.ranks if other != rank)
+        self.membership = Membership(self.membership.epoch, left)
 
     def known(self, worker: Worker) -> Member:
         """Return the record of a worker that has registered and has not been replaced.
 
         Raises:
-            ProtocolError: otherwise; nothing it says is believed.
+            FencedError: when another life of this rank has taken its place.
+            ProtocolError: when it never registered; nothing it says is believed.
         """
-        member = self.all[worker.rank] if worker.rank < len(self.all) else None
-        if member is None or member.state is MemberState.WAITED_FOR or member.incarnation != worker.incarnation:
-            raise ProtocolError(f"worker {worker.rank} is not registered under this incarnation; register first")
-        return member
+        member = self._by_rank.get(worker.rank)
+        if member is not None and member.incarnation == worker.incarnation and member.incarnation:
+            return member
+        if member is not None and worker.incarnation in member.retired:
+            raise FencedError(_fenced(member, worker))
+        raise ProtocolError(f"worker {worker.rank} is not registered under this incarnation; register first")
 
-    def admit(self, request: Register) -> None:
-        """Record a registration; the same one again changes nothing.
+    def check_admission(self, request: Register) -> None:
+        """Refuse a registration that cannot be let in; nothing changes.
 
         Raises:
-            RegistrationError: when the rank does not exist or is taken.
+            RegistrationError: when the worker was told another number of workers.
+            FencedError: when another life of its rank has taken its place.
         """
-        worker = request.worker
-        if request.workers != len(self.all) or worker.rank >= len(self.all):
+        rank = request.worker.rank
+        if rank < self._workers != request.workers:
             raise RegistrationError(
-                f"worker {worker.rank} of {request.workers} asks to join a run of {len(self.all)} workers "
-                f"(ranks 0 to {len(self.all) - 1}); start shards and workers with the same number of workers"
+                f"worker {rank} of {request.workers} asks to join a run that began with {self._workers} workers; "
+                "start shards and workers with the same number of workers"
             )
-        member = self.all[worker.rank]
-        if member.state is MemberState.WAITED_FOR:
-            member.state = MemberState.REGISTERED
-            member.incarnation = worker.incarnation
-            member.origin, member.metrics_address = request.origin, request.metrics_address
-        elif member.incarnation != worker.incarnation:
-            raise RegistrationError(
-                f"rank {worker.rank} is taken by {member}, which is {member.state}; "
-                f"two workers cannot have one rank: give {request.origin or 'this one'} another"
-            )
+        member = self._by_rank.get(rank)
+        if member is not None and request.worker.incarnation in member.retired:
+            raise FencedError(_fenced(member, request.worker))
+
+    def admit(self, worker: Worker, origin: str, metrics_address: str) -> None:
+        """Let a life of a worker in; an earlier one of its rank is fenced from now on."""
+        member = self.seat(worker.rank)
+        if member.incarnation and member.incarnation != worker.incarnation:
+            member.retired = [*member.retired, member.incarnation][-_REMEMBERED_LIVES:]
+        member.incarnation, member.origin, member.metrics_address = worker.incarnation, origin, metrics_address
+
+
+def _fenced(member: Member, worker: Worker) -> str:
+    return (
+        f"worker {worker.rank} was replaced by {member}: two workers cannot have one rank. Give this one another, or "
+        "end it if it was meant to be replaced"
+    )

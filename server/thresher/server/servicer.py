@@ -1,7 +1,6 @@
 """The gRPC edge of a shard: messages become events, effects become messages, errors become status codes."""
 
 import asyncio
-import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,37 +10,46 @@ from urllib.parse import quote
 
 import grpc
 
-from thresher.protos.codec import HEADER_BYTES, decode
+from thresher.protos.codec import decode
 from thresher.protos.errors import (
+    BehindError,
     ConfigurationError,
+    DataLossError,
+    FencedError,
     FrameError,
     LayoutError,
+    LostHistoryError,
     OptimizerError,
     ProtocolError,
     RegistrationError,
     RoundFailedError,
     ThresherError,
 )
-from thresher.protos.layout import Slice
-from thresher.protos.messages import (
-    Payload,
-    chunks,
-    layout_from_message,
-    layout_to_message,
-    optimizer_from_message,
-    optimizer_to_message,
-    overrides_from_messages,
-    payload_bound,
-)
+from thresher.protos.layout import Layout, Slice
+from thresher.protos.messages import Payload, payload_bound
+from thresher.protos.sealed import SealedUpdate
 from thresher.protos.snapshots import pack_state, state_bytes_bound, unpack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import ERROR_NAME
-from thresher.protos.update import unpack_presence
-from thresher.server import events
+from thresher.server import effects, events
+from thresher.server.config import ShardConfig
+from thresher.server.effects import Effect
 from thresher.server.engine import Engine
-from thresher.server.events import Effect, Verdict, Worker
-from thresher.server.shard import ShardConfig
-from thresher.server.stream import EncodedUpdate, Stream, encoded
+from thresher.server.events import Worker
+from thresher.server.facts import Agreed
+from thresher.server.stream import Stream
+from thresher.server.translation import (
+    agreed_to_message,
+    hello_from_message,
+    judged_to_message,
+    leave_from_message,
+    push_from_message,
+    refill_from_message,
+    register_from_message,
+    registered_to_message,
+    snapshot_to_messages,
+    statistics_to_message,
+)
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceServicer
 
@@ -57,9 +65,12 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     LayoutError: grpc.StatusCode.FAILED_PRECONDITION,
     RegistrationError: grpc.StatusCode.FAILED_PRECONDITION,
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
+    FencedError: grpc.StatusCode.FAILED_PRECONDITION,
+    BehindError: grpc.StatusCode.OUT_OF_RANGE,
+    LostHistoryError: grpc.StatusCode.DATA_LOSS,
+    DataLossError: grpc.StatusCode.DATA_LOSS,
     RoundFailedError: grpc.StatusCode.ABORTED,
 }
-_VERDICTS: Final = {verdict: pb.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in Verdict}
 _DETAILS_BYTES: Final = 6000  # of the 8 KiB that gRPC takes as metadata
 _OFF_LOOP_BYTES: Final = 1 << 16  # a larger frame is decoded on another thread, so that the loop stays responsive
 
@@ -73,23 +84,44 @@ class AggregationServicer(AggregationServiceServicer):
         config: What the shard was told, for the answers that repeat it.
     """
 
-    def __init__(self, engine: Engine[EncodedUpdate], config: ShardConfig) -> None:
+    def __init__(self, engine: Engine, config: ShardConfig) -> None:
         """Begin without streams."""
         self._engine = engine
         self._config = config
         self._streams: set[Stream] = set()
-        self._speaking: dict[Worker, Stream] = {}  # each worker's newest stream
+        self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
+        self._greeting: dict[int, Stream] = {}  # streams whose hello is not answered yet
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
         self._settled = asyncio.Event()  # seeded, or failed before that
         self.on_failure: Callable[[], None] = lambda: None
 
+    def recover(self, layout: Layout, *, seeded: bool) -> None:
+        """Serve a run that began in an earlier life of this shard."""
+        self._serve_layout(layout)
+        if seeded:
+            self._settled.set()
+
     # What the engine calls
 
-    def publish(self, update: EncodedUpdate) -> None:
-        """Send an update to every connected worker."""
-        for stream in self._streams:
-            stream.publish(update)
+    def publish(self, sealed: SealedUpdate, ranks: tuple[int, ...]) -> None:
+        """Send an update to these workers, as far as they are connected."""
+        for rank in ranks:
+            for streams in (self._speaking, self._greeting):
+                if rank in streams:
+                    streams[rank].publish(sealed)
+
+    def tell(self, agreed: Agreed, ranks: tuple[int, ...]) -> None:
+        """Tell these workers what was agreed."""
+        for rank in ranks:
+            if rank in self._speaking:
+                self._speaking[rank].say(agreed_to_message(agreed))
+
+    def restart(self, ranks: tuple[int, ...]) -> None:
+        """End the streams of these workers, which will come back."""
+        for rank in ranks:
+            if rank in self._speaking:
+                self._speaking[rank].end(BehindError(f"shard {self._config.shard} was refilled; find out where it is"))
 
     def fail(self, reason: str) -> None:
         """End every stream: the run cannot go on."""
@@ -105,26 +137,21 @@ class AggregationServicer(AggregationServiceServicer):
         return await _answered(self._register(request), context)
 
     async def Seed(self, request_iterator: AsyncIterator[pb.SeedRequest], context: Context) -> pb.SeedResponse:
-        """Take the starting values."""
+        """Take the starting values, or a replica for those that were lost."""
         return await _answered(self._seed(request_iterator), context)
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotResponse]:
         """Read the shard's state."""
-        state, data = await _answered(self._read_state(request.wait_seconds), context)
-        for index, (_, chunk) in enumerate(chunks(data)):
-            yield pb.SnapshotResponse(
-                version=state.version,
-                total_bytes=len(data),
-                chunk=chunk,
-                layout=None if index else layout_to_message(state.layout),
-                optimizer=None if index else optimizer_to_message(state.optimizer),
-            )
+        snapshot, data = await _answered(self._read_state(request.wait_seconds), context)
+        for message in snapshot_to_messages(snapshot, data):
+            yield message
 
     async def Exchange(
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> AsyncIterator[pb.ExchangeResponse]:
         """Hold the conversation with one worker: a task reads, this generator writes."""
         stream = Stream()
+        self._streams.add(stream)
         reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
             async for message in stream:
@@ -137,66 +164,23 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def Statistics(self, request: pb.StatisticsRequest, context: Context) -> pb.StatisticsResponse:
         """Return counters."""
-        now = self._engine.statistics()
-        row = now.last_row
-        return pb.StatisticsResponse(
-            shard=now.shard,
-            shards=now.shards,
-            state=now.state,
-            failure=now.failure,
-            version=now.version,
-            numel=now.numel,
-            model_numel=now.model_numel,
-            workers=[
-                pb.WorkerStatistics(
-                    rank=m.rank, state=m.state, steps=m.steps, push_bytes=m.push_bytes, pull_bytes=m.pull_bytes,
-                    pushed_elements=m.pushed_elements, pushable_elements=m.pushable_elements, density=m.density,
-                    origin=m.origin, metrics_address=m.metrics_address,
-                )
-                for m in now.members
-            ],
-            update_density=row.update_density if row else 0.0,
-            threshold=now.threshold,
-            log_bytes=now.log_bytes,
-            round_seconds=row.round_seconds if row else 0.0,
-        )  # fmt: skip
+        return statistics_to_message(self._engine.statistics())
 
     # Translation
 
     async def _register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
-        layout = layout_from_message(request.layout)
-        if layout.fingerprint != request.fingerprint:
-            raise LayoutError(
-                f"worker {request.rank} says its layout is {request.fingerprint or 'nameless'}, here it reads as "
-                f"{layout.fingerprint}; run the same version of Thresher on both sides"
-            )
-        seen = request.environment
-        effects = await self._engine.submit(
-            events.Register(
-                worker=Worker(request.rank, request.incarnation),
-                workers=request.workers,
-                shard=request.shard,
-                shards=request.shards,
-                layout=layout,
-                optimizer=optimizer_from_message(request.optimizer),
-                method=request.method,
-                origin=request.origin,
-                metrics_address=request.metrics_address,
-                environment=(seen.torch_version, seen.cpu_capability, f"{seen.threads} threads"),
-            )
-        )
+        event = register_from_message(request)
+        answer = _only(await self._engine.submit(event), effects.Registered)
+        if self._slice is None:
+            self._serve_layout(event.layout)
+        if answer.warning:
+            _logger.warning("%s", answer.warning)
+        return registered_to_message(answer, self._config)
+
+    def _serve_layout(self, layout: Layout) -> None:
         self._slice = layout.shard_slice(self._config.shard, self._config.shards)
         self._payload_bound = payload_bound(self._slice)
         self._state_bound = state_bytes_bound(layout, self._slice.numel)
-        answer = _only(effects, events.Registered)
-        if answer.warning:
-            _logger.warning("%s", answer.warning)
-        return pb.RegisterResponse(
-            run=answer.run,
-            version=answer.version,
-            seeded=answer.seeded,
-            answer_timeout=max(self._config.start_timeout, self._config.round_timeout),
-        )
 
     async def _seed(self, requests: AsyncIterator[pb.SeedRequest]) -> pb.SeedResponse:
         first = await anext(aiter(requests), None)
@@ -210,12 +194,17 @@ class AggregationServicer(AggregationServiceServicer):
             complete = payload.add(request.chunk)
         if not complete:
             raise FrameError(f"a seed of {first.total_bytes} bytes was announced, {len(payload.data)} came")
-        state, untrained = await asyncio.to_thread(unpack_state, bytes(payload.data))
-        effects = await self._engine.submit(events.Seed(Worker(first.rank, first.incarnation), state, untrained))
+        worker, data = Worker(first.rank, first.incarnation), bytes(payload.data)
+        event: events.Seed | events.Refill
+        if first.HasField("refill"):
+            event = await asyncio.to_thread(refill_from_message, worker, first.refill, data)
+        else:
+            event = events.Seed(worker, *await asyncio.to_thread(unpack_state, data))
+        done = await self._engine.submit(event)
         self._settled.set()
-        return pb.SeedResponse(accepted=_only(effects, events.Seeded).accepted)
+        return pb.SeedResponse(accepted=_only(done, effects.Seeded).accepted)
 
-    async def _read_state(self, wait_seconds: float) -> tuple[events.State, bytes]:
+    async def _read_state(self, wait_seconds: float) -> tuple[effects.Snapshot, bytes]:
         try:
             await asyncio.wait_for(self._settled.wait(), wait_seconds)
         except TimeoutError:
@@ -223,21 +212,18 @@ class AggregationServicer(AggregationServiceServicer):
                 f"shard {self._config.shard} has waited {wait_seconds:.1f} s for its starting values; "
                 "worker 0, which brings them, has not come"
             ) from None
-        state = _only(await self._engine.submit(events.ReadState()), events.State)
-        return state, await asyncio.to_thread(pack_state, state.tensors, state.untrained)
+        snapshot = _only(await self._engine.submit(events.ReadState()), effects.Snapshot)
+        return snapshot, await asyncio.to_thread(pack_state, snapshot.tensors, {})
 
     async def _read(self, requests: AsyncIterator[pb.ExchangeRequest], stream: Stream) -> None:
         """Turn what one worker says into events, until it leaves, breaks off or is refused."""
-        worker: Worker | None = None
         try:
             async for body, payload, wire_bytes in self._bodies(requests):
-                if worker is None:
-                    worker = await self._greet(body, stream)
+                if stream.worker is None:
+                    await self._greet(body, stream)
                     continue
-                if body.HasField("leave"):  # it may close a round, whose update is not for the one who leaves
-                    self._streams.discard(stream)
-                effects = await self._event(worker, body, payload, wire_bytes)
-                if self._answer(effects, stream):
+                done = await self._event(stream.worker, body, payload, wire_bytes)
+                if self._answer(done, stream):
                     return
             raise ProtocolError("the stream ended without a leave")  # noqa: TRY301 - told as every other refusal
         except ThresherError as error:
@@ -245,21 +231,21 @@ class AggregationServicer(AggregationServiceServicer):
         except grpc.aio.AbortError:
             pass  # the call was ended from this side while its next message was waited for
         except Exception as error:
-            _logger.exception("what %s said could not be handled", worker)
+            _logger.exception("what %s said could not be handled", stream.worker)
             stream.end(ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log"))
         finally:
             # Also when this task is cancelled because the call has ended: the shard must learn that the worker is gone,
             # unless it has come back on another stream.
             self._streams.discard(stream)
-            if worker is not None and self._speaking.get(worker) is stream:
-                del self._speaking[worker]
-                await asyncio.shield(asyncio.ensure_future(self._disconnected(worker)))
+            if stream.worker is not None and self._speaking.get(stream.worker.rank) is stream:
+                del self._speaking[stream.worker.rank]
+                await asyncio.shield(asyncio.ensure_future(self._disconnected(stream.worker)))
 
     async def _disconnected(self, worker: Worker) -> None:
         try:
             await self._engine.submit(events.Disconnect(worker))
         except ThresherError as error:
-            _logger.warning("worker %d went away: %s", worker.rank, error)
+            _logger.info("worker %d went away: %s", worker.rank, error)
 
     async def _bodies(
         self, requests: AsyncIterator[pb.ExchangeRequest]
@@ -281,27 +267,31 @@ class AggregationServicer(AggregationServiceServicer):
                 yield body, payload.data, wire_bytes
                 body = None
 
-    async def _greet(self, request: pb.ExchangeRequest, stream: Stream) -> Worker:
+    async def _greet(self, request: pb.ExchangeRequest, stream: Stream) -> None:
         if not request.HasField("hello"):
             raise ProtocolError("the first message of a stream must be a hello")
-        worker = Worker(request.hello.rank, request.hello.incarnation)
-        self._streams.add(stream)
-        effects = await self._hello(worker, request.hello.version)
-        stream.greet([encoded(update) for update in _only(effects, events.Backlog).updates])
-        earlier = self._speaking.get(worker)
-        self._speaking[worker] = stream
+        hello = hello_from_message(request.hello)
+        rank = hello.worker.rank
+        self._greeting[rank] = stream
+        try:
+            done = await self._hello(hello)
+        finally:
+            if self._greeting.get(rank) is stream:
+                del self._greeting[rank]
+        stream.greet(_only(done, effects.Backlog).updates)
+        stream.worker = hello.worker
+        earlier = self._speaking.get(rank)
+        self._speaking[rank] = stream
         if earlier is not None:
-            self._streams.discard(earlier)
-            earlier.end(ProtocolError(f"worker {worker.rank} has opened another stream"))
-        return worker
+            earlier.end(FencedError(f"worker {rank} has opened another stream"))
 
-    async def _hello(self, worker: Worker, version: int) -> list[Effect]:
+    async def _hello(self, hello: events.Hello) -> list[Effect]:
         """Introduce a worker; if it goes away meanwhile, the shard hears of that right behind the hello."""
         try:
-            return await self._engine.submit(events.Hello(worker, version))
+            return await self._engine.submit(hello)
         except asyncio.CancelledError:
-            if worker not in self._speaking:
-                await asyncio.shield(asyncio.ensure_future(self._disconnected(worker)))
+            if hello.worker.rank not in self._speaking:
+                await asyncio.shield(asyncio.ensure_future(self._disconnected(hello.worker)))
             raise
 
     async def _event(
@@ -310,49 +300,33 @@ class AggregationServicer(AggregationServiceServicer):
         match request.WhichOneof("body"):
             case "push":
                 return await self._push(worker, request.push, payload, wire_bytes)
+            case "agree":
+                asked = request.agree
+                return await self._engine.submit(events.Agree(worker, asked.number, dict(asked.values)))
             case "leave":
-                untrained = unpack_state(bytes(payload))[1] if payload else {}
-                leave = request.leave
-                event = events.Leave(worker, leave.step, leave.push_bytes, leave.pull_bytes, untrained)
-                return await self._engine.submit(event)
+                return await self._engine.submit(leave_from_message(worker, request.leave, payload))
             case "abort":
                 return await self._engine.submit(events.Abort(worker, request.abort.reason))
             case other:
-                raise ProtocolError(f"a stream has one hello, then pushes, a leave or an abort; {other} came")
+                raise ProtocolError(f"after a hello come pushes, agreements, a leave or an abort; {other} came")
 
     async def _push(self, worker: Worker, push: pb.Push, payload: bytearray, wire_bytes: int) -> list[Effect]:
         piece = self._slice
         if piece is None:
             raise ProtocolError("a push before any registration")
-        try:
-            presence = unpack_presence(push.presence, len(piece.segments))
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
-        return await self._engine.submit(
-            events.Push(
-                worker=worker,
-                step=push.step,
-                version=push.version,
-                gradient=None if push.skipped else await _decoded(payload, piece.numel),
-                presence=presence,
-                overrides=overrides_from_messages(push.overrides),
-                residual_squared=push.residual_squared,
-                next_threshold=push.next_threshold if push.HasField("next_threshold") else None,
-                only_mean=push.only_mean,
-                wire_bytes=wire_bytes,
-                content=_digest(push, payload),
-            )
-        )
+        gradient = None if push.skipped or push.lost else await _decoded(payload, piece.numel)
+        return await self._engine.submit(push_from_message(worker, push, gradient, piece, payload, wire_bytes))
 
-    def _answer(self, effects: list[Effect], stream: Stream) -> bool:
+    def _answer(self, done: list[Effect], stream: Stream) -> bool:
         """Say what only this worker needs to hear; True when nothing more will follow."""
-        for effect in effects:
+        for effect in done:
             match effect:
-                case events.Judged(step, verdict, reason):
-                    result = pb.PushResult(step=step, verdict=_VERDICTS[verdict], reason=reason)
-                    stream.say(pb.ExchangeResponse(result=result))
-                case events.Left(version):
-                    self._streams.discard(stream)
+                case effects.Judged():
+                    stream.say(judged_to_message(effect))
+                case effects.Left(version):
+                    # What the leave has closed is not for the one who leaves.
+                    if stream.worker is not None and self._speaking.get(stream.worker.rank) is stream:
+                        del self._speaking[stream.worker.rank]
                     stream.say(pb.ExchangeResponse(left=pb.Left(version=version)))
                     stream.end()
                     return True
@@ -367,14 +341,8 @@ async def _decoded(payload: bytearray, numel: int) -> SparseGradient:
     return await asyncio.to_thread(decode, payload, numel=numel)
 
 
-def _digest(push: pb.Push, frame: bytearray) -> int:
-    """Identify what was pushed. The frame's header, which holds its CRC and counts, stands for the frame."""
-    content = push.SerializeToString(deterministic=True) + frame[:HEADER_BYTES]
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def _only(effects: list[Effect], kind: type[T]) -> T:
-    return next(effect for effect in effects if isinstance(effect, kind))
+def _only(done: list[Effect], kind: type[T]) -> T:
+    return next(effect for effect in done if isinstance(effect, kind))
 
 
 async def _answered(answer: Awaitable[T], context: Context) -> T:

@@ -1,33 +1,13 @@
 """What one worker is being told: updates, encoded once for all workers, and answers, in the order they happened."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 from typing import final
 
 from thresher.protos.errors import ThresherError
-from thresher.protos.messages import update_to_messages
-from thresher.protos.update import Update
+from thresher.protos.sealed import SealedUpdate
+from thresher.server.events import Worker
 from thresher.v1 import aggregation_pb2 as pb
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class EncodedUpdate:
-    """An update as messages: encoded once, sent to every worker."""
-
-    version: int
-    messages: list[pb.ExchangeResponse]
-
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes of all its messages."""
-        return sum(message.ByteSize() for message in self.messages)
-
-
-def encoded(update: Update) -> EncodedUpdate:
-    """Encode an update."""
-    return EncodedUpdate(update.version, update_to_messages(update))
 
 
 @final
@@ -36,26 +16,30 @@ class Stream:
 
     It hears of new updates from before its hello is sent to the shard until it ends, so that none falls between the
     answer to the hello and the first update after it.
+
+    Attributes:
+        worker: Whose it is, once it has said so.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing to say."""
+        """Begin with nothing to say, to nobody yet."""
+        self.worker: Worker | None = None
         self._outbox: asyncio.Queue[pb.ExchangeResponse | ThresherError | None] = asyncio.Queue()
-        self._early: list[EncodedUpdate] | None = []  # published before the hello was answered
+        self._early: list[SealedUpdate] | None = []  # published before the hello was answered
 
-    def greet(self, backlog: list[EncodedUpdate]) -> None:
+    def greet(self, backlog: Sequence[SealedUpdate]) -> None:
         """Begin with what the worker lacks, and go on with what was published since."""
-        newest = backlog[-1].version if backlog else 0
+        newest = backlog[-1].update.version if backlog else 0
         early, self._early = self._early or [], None
-        for update in (*backlog, *(update for update in early if update.version > newest)):
-            self.publish(update)
+        for one in (*backlog, *(one for one in early if one.update.version > newest)):
+            self.publish(one)
 
-    def publish(self, update: EncodedUpdate) -> None:
+    def publish(self, sealed: SealedUpdate) -> None:
         """Send an update."""
         if self._early is not None:
-            self._early.append(update)
+            self._early.append(sealed)
             return
-        for message in update.messages:
+        for message in sealed.messages:
             self.say(message)
 
     def say(self, message: pb.ExchangeResponse) -> None:

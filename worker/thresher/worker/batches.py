@@ -35,7 +35,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers: int) -> Iterator[Any]:
+def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers: int, skip: int = 0) -> Iterator[Any]:
     """Yield one pass over rank's share of ``loader``'s data.
 
     All workers draw the same order from the loader's own sampler; worker ``rank`` takes every ``workers``-th sample,
@@ -48,6 +48,7 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         step: Where the pass begins; equal on all workers.
         rank: Which share.
         workers: How many shares.
+        skip: How many batches of the share were taken before, and are left out.
 
     Raises:
         ConfigurationError: when there is not one sample for each worker.
@@ -60,7 +61,7 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         )
     order_seed = keyed_seed("order", seed, step)
     if isinstance(loader.dataset, IterableDataset):
-        yield from _dealt(loader, order_seed, rank, workers)
+        yield from islice(_dealt(loader, order_seed, rank, workers), skip, None)
         return
     plain = loader.batch_size is None or type(loader.batch_sampler) is BatchSampler
     source: Any = loader.sampler if plain else loader.batch_sampler
@@ -72,9 +73,10 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         raise ConfigurationError(f"{len(order)} {what} cannot be shared by {workers} workers: each needs one at least")
     # The seed of the loader's worker processes is drawn now, and must not be the same on all ranks.
     seed_everything(keyed_seed("loader", seed, rank, step))
-    batching: dict[str, Any] = {"batch_sampler": mine}
+    batching: dict[str, Any] = {"batch_sampler": mine[skip:]}
     if plain:
-        batching = {"sampler": mine, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        left = mine[skip * (loader.batch_size or 1) :]
+        batching = {"sampler": left, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
     yield from DataLoader(
         loader.dataset,
         **batching,

@@ -1,262 +1,329 @@
-"""One shard as one worker sees it. Every wait has a deadline, and its error names the shard and its address."""
+"""One shard as one worker sees it: a conversation that outlives its connections.
 
-import contextlib
+What has no answer yet is kept and said again on the next connection; the shard knows it by (rank, step). Every wait has
+a deadline, and its error names the shard and its address.
+"""
+
 import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, NoReturn, final
+from typing import Final, final
 
 import grpc
-from torch import Tensor
 
-from thresher.protos.errors import ConnectionTimeoutError, FrameError, ProtocolError, RoundFailedError, error_named
-from thresher.protos.layout import Layout, Slice
-from thresher.protos.messages import (
-    Payload,
-    chunks,
-    layout_from_message,
-    optimizer_from_message,
-    payload_bound,
-    update_from_message,
+from thresher.protos.errors import (
+    ConnectionTimeoutError,
+    LostHistoryError,
+    ProtocolError,
+    RoundFailedError,
+    ThresherError,
 )
-from thresher.protos.optimizers import OptimizerSpec
-from thresher.protos.snapshots import state_bytes_bound, unpack_state
-from thresher.protos.transport import CHANNEL_OPTIONS, ERROR_NAME
+from thresher.protos.faults import reached
+from thresher.protos.layout import Slice
+from thresher.protos.messages import Payload, chunks, payload_bound
+from thresher.protos.sealed import update_from_message
 from thresher.protos.update import Update
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
+from thresher.worker.calls import CALL_SECONDS, MARGIN_SECONDS, NOTICE_SECONDS, ShardCalls, ShardLostError, is_transient
 
 _logger = logging.getLogger(__name__)
 
-# A worker may come long before its shards; gRPC's own pauses between two attempts grow to minutes.
-_RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
-_CALL_SECONDS: Final = 60.0
-_NOTICE_SECONDS: Final = 5.0
 _GOODBYE_SECONDS: Final = 2.0
-_MARGIN_SECONDS: Final = 30.0  # a shard fails a round at its own deadline and says who is missing; let it speak first
+_PAUSE_SECONDS: Final = 0.1
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A shard's state at ``version``: what `Replica` takes, untrained tensors by name, and what they belong to."""
+class Returned:
+    """The shard did not take a push; its values go back into the residual."""
 
-    version: int
-    layout: Layout
-    optimizer: OptimizerSpec
-    state: Mapping[str, Tensor]
-    untrained: Mapping[str, Tensor]
+    step: int
+    reason: str
 
 
 @final
 class ShardClient:
-    """Registers with one shard and exchanges pushes for updates over one long-lived stream.
+    """Exchanges pushes for updates with one shard.
 
-    ``push_bytes`` and ``pull_bytes`` count the messages of the exchange, continuations included; ``setup_bytes`` counts
-    seed and snapshot.
+    ``push_bytes`` and ``pull_bytes`` count the messages of the exchange, continuations included, each once;
+    ``resent_bytes`` what was said again.
 
     Args:
-        shard: Position of the shard.
-        address: ``host:port``.
-        rank: The worker's rank.
-        incarnation: The worker's life.
+        calls: To the shard.
+        registration: As the shard has accepted it; its rank and incarnation are the worker's.
+        answer_timeout: Seconds after which the shard answers a push at the latest.
+        patience: Seconds to try to find a shard again that was lost.
     """
 
-    def __init__(self, shard: int, address: str, rank: int, incarnation: int) -> None:
-        """Open a channel; gRPC connects in the background."""
-        self.shard, self.address = shard, address
-        self._rank, self._incarnation = rank, incarnation
-        self._channel = grpc.insecure_channel(address, options=(*CHANNEL_OPTIONS, *_RECONNECT_OPTIONS))
-        self._stub = AggregationServiceStub(self._channel)
+    def __init__(
+        self, calls: ShardCalls, registration: pb.RegisterRequest, answer_timeout: float, patience: float
+    ) -> None:
+        """Prepare; `open` begins."""
+        self.calls = calls
+        self._registration = pb.RegisterRequest()
+        self._registration.CopyFrom(registration)
+        self._who = f"worker {registration.rank}"
+        self._answer_timeout, self._patience = answer_timeout, patience
+        self._lock = threading.Lock()  # over the next two, which both the caller and the reader thread touch
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[pb.ExchangeResponse | Exception] = queue.SimpleQueue()
-        self._answer_timeout = _CALL_SECONDS
+        self._unanswered: list[pb.ExchangeRequest] = []
+        self._inbox: queue.SimpleQueue[Update | Returned | pb.Left | Exception] = queue.SimpleQueue()
+        self._agreed: queue.SimpleQueue[Mapping[str, float] | Exception] = queue.SimpleQueue()
+        self._slice: Slice | None = None
         self._reader: threading.Thread | None = None
-        self.push_bytes = self.pull_bytes = self.setup_bytes = 0
+        self._closed = threading.Event()
+        self.history = pb.History()
+        self.reconnects = 0
+        self.push_bytes = self.pull_bytes = self.resent_bytes = 0
 
     def __str__(self) -> str:
         """For people: ``shard 1 at 127.0.0.1:50052``."""
-        return f"shard {self.shard} at {self.address}"
+        return str(self.calls)
 
-    def wait_ready(self, deadline: float) -> None:
-        """Wait until the shard can be reached; ``deadline`` is on the monotonic clock.
+    @property
+    def registration(self) -> pb.RegisterRequest:
+        """As the shard has accepted it."""
+        return self._registration
 
-        Raises:
-            ConnectionTimeoutError: when it cannot be by then.
-        """
-        begin = time.monotonic()
-        while (left := deadline - time.monotonic()) > 0:
-            # A call, because a future of the channel leaves a thread behind that fails when the channel is closed.
-            try:
-                self._stub.Statistics(pb.StatisticsRequest(), timeout=min(left, _NOTICE_SECONDS), wait_for_ready=True)
-            except grpc.RpcError as error:
-                if _code(error) not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
-                    self._raise(error)
-                waited = time.monotonic() - begin
-                _logger.warning("worker %d has waited %.0f s for %s", self._rank, waited, self)
-            else:
-                return
-        raise ConnectionTimeoutError(
-            f"worker {self._rank} could not reach {self}; start it there, or correct the address"
-        )
+    def open(self, piece: Slice, history: pb.History) -> None:
+        """Begin the exchange, from a replica at ``history``."""
+        self._slice = piece
+        self.history.CopyFrom(history)
+        self._start()
 
-    def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
-        """Announce this worker. Raises what the shard raised (`RegistrationError`, `LayoutError`, …)."""
-        with self._translated():
-            response = self._stub.Register(request, timeout=_CALL_SECONDS)
-        self._answer_timeout = response.answer_timeout
-        return response
+    def reopen(self, history: pb.History) -> pb.RegisterResponse:
+        """Begin again, after an error ended the exchange, and say again what is unanswered."""
+        if self._reader is not None:
+            self._reader.join()
+        while not self._inbox.empty():
+            self._inbox.get()
+        self.history.CopyFrom(history)
+        answer = self.calls.register(self._registration)
+        self._settle(answer)
+        self._start()
+        return answer
 
-    def seed(self, data: bytes) -> bool:
-        """Give the shard its starting values; False when it has some already."""
-        self.setup_bytes += len(data)
-        requests = (
-            pb.SeedRequest(rank=self._rank, incarnation=self._incarnation, total_bytes=len(data), chunk=chunk)
-            for _, chunk in chunks(data)
-        )
-        with self._translated():
-            return self._stub.Seed(requests, timeout=self._answer_timeout).accepted
-
-    def snapshot(self, wait_seconds: float) -> "Snapshot":
-        """Return the shard's state; waits until it is seeded.
-
-        Raises:
-            RoundFailedError: when it is not seeded in time.
-            FrameError: when the answer is no state of a model.
-        """
-        request = pb.SnapshotRequest(wait_seconds=wait_seconds)
-        with self._translated():
-            parts = self._stub.Snapshot(request, timeout=wait_seconds + _MARGIN_SECONDS)
-            first = next(parts)
-            layout, optimizer = layout_from_message(first.layout), optimizer_from_message(first.optimizer)
-            payload = Payload(first.total_bytes, state_bytes_bound(layout, layout.numel))
-            complete = payload.add(first.chunk)
-            for part in parts:
-                complete = payload.add(part.chunk)
-        if not complete:
-            raise FrameError(f"the snapshot of {self} broke off")
-        self.setup_bytes += len(payload.data)
-        return Snapshot(first.version, layout, optimizer, *unpack_state(bytes(payload.data)))
-
-    def statistics(self, timeout: float = _CALL_SECONDS) -> pb.StatisticsResponse:
-        """Return the shard's counters."""
-        with self._translated():
-            return self._stub.Statistics(pb.StatisticsRequest(), timeout=timeout)
-
-    def open(self, version: int) -> None:
-        """Begin the exchange with a replica at ``version``."""
-        hello = pb.Hello(rank=self._rank, incarnation=self._incarnation, version=version)
-        self._outbox.put(pb.ExchangeRequest(hello=hello))
-        responses = self._stub.Exchange(iter(self._outbox.get, None))
-        self._reader = threading.Thread(target=self._read, args=(responses,), name=f"shard-{self.shard}", daemon=True)
+    def _start(self) -> None:
+        self._connect()
+        self._reader = threading.Thread(target=self._converse, name=f"shard-{self.calls.shard}", daemon=True)
         self._reader.start()
 
     def push(self, push: pb.Push, frame: bytes) -> None:
-        """Send a push; returns before it has left."""
-        for message in _messages(pb.ExchangeRequest(push=push), frame):
-            self.push_bytes += message.ByteSize()
-            self._outbox.put(message)
+        """Send a push; returns before it has left. It is kept until it is answered."""
+        messages = list(_messages(pb.ExchangeRequest(push=push), frame))
+        self.push_bytes += sum(message.ByteSize() for message in messages)
+        self._say(messages)
+        reached(self._who, "in flight")
 
-    def wait_update(self, piece: Slice) -> Update:
-        """Wait for the next update of the slice.
+    def wait(self) -> Update | Returned:
+        """Wait for the next update of the slice, or for a push that comes back.
 
         Raises:
+            BehindError, LostHistoryError: when this worker and the shard have to find together first; see `open`.
+            DataLossError: when they cannot.
             RoundFailedError: when the shard refused the push, gave the round up, or is gone.
         """
-        deadline = time.monotonic() + self._answer_timeout + _MARGIN_SECONDS
-        first = self._next(deadline)
-        match first.WhichOneof("body"):
-            case "update":
-                payload = Payload(first.payload_bytes, payload_bound(piece))
-                complete = payload.add(first.chunk)
-                while not complete:
-                    complete = payload.add(self._next(deadline).chunk)
-                return update_from_message(first.update, payload.data, piece)
-            case "result":
-                verdict = pb.Verdict.Name(first.result.verdict).removeprefix("VERDICT_")
-                raise RoundFailedError(f"{self}: push {first.result.step} was {verdict}: {first.result.reason}")
-            case other:
-                raise ProtocolError(f"{self} answered a push with {other}")
+        item = self._next(time.monotonic() + self._answer_timeout + MARGIN_SECONDS)
+        if isinstance(item, pb.Left):
+            raise ProtocolError(f"{self} answered a push with a leave")
+        return item
 
-    def leave(self, step: int, buffers: bytes) -> None:
-        """Leave the run before ``step``, and wait until the shard has recorded it."""
-        leave = pb.Leave(step=step, push_bytes=self.push_bytes, pull_bytes=self.pull_bytes)
-        for message in _messages(pb.ExchangeRequest(leave=leave), buffers):
-            self._outbox.put(message)
-        answer = self._next(time.monotonic() + _CALL_SECONDS)
-        if not answer.HasField("left"):
-            raise ProtocolError(f"{self} answered a leave with {answer.WhichOneof('body')}")
+    def answered(self) -> None:
+        """Say that the last push has its verdict: it need not be said again."""
+        with self._lock:
+            self._unanswered = []
+
+    def agree(self, number: int, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the members' mean of ``values``; waits until all have asked."""
+        self._say([pb.ExchangeRequest(agree=pb.Agree(number=number, values=values))])
+        try:
+            answer = self._agreed.get(timeout=self._answer_timeout + MARGIN_SECONDS)
+        except queue.Empty:
+            raise RoundFailedError(f"{self} has not answered {self._who}, which asked to agree") from None
+        if isinstance(answer, Exception):
+            raise answer
+        self.answered()
+        return answer
+
+    def leave(self, leave: pb.Leave, buffers: bytes) -> None:
+        """Leave the run, and wait until the shard has recorded it."""
+        leave.push_bytes, leave.pull_bytes = self.push_bytes, self.pull_bytes
+        leave.counted = leave.counted and not self.reconnects
+        self._say(list(_messages(pb.ExchangeRequest(leave=leave), buffers)))
+        deadline = time.monotonic() + CALL_SECONDS
+        while not isinstance(self._next(deadline), pb.Left):
+            continue  # an update that was on its way
 
     def abort(self, reason: str) -> None:
         """Tell the shard that this worker cannot go on, and wait a moment for it to take note; best effort."""
+        self._closed.set()
         self._outbox.put(pb.ExchangeRequest(abort=pb.Abort(reason=reason)))
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        with contextlib.suppress(queue.Empty):
-            while not isinstance(self._inbox.get(timeout=max(0.0, deadline - time.monotonic())), Exception):
-                continue  # an update that was on its way
+        if self._reader is not None:
+            self._reader.join(timeout=_GOODBYE_SECONDS)
 
     def close(self) -> None:
         """End stream and channel."""
+        self._closed.set()
         self._outbox.put(None)
-        self._channel.close()
+        self.calls.close()
         if self._reader is not None:
-            self._reader.join(timeout=_NOTICE_SECONDS)
+            self._reader.join(timeout=NOTICE_SECONDS)
 
-    def _next(self, deadline: float) -> pb.ExchangeResponse:
+    def _say(self, messages: list[pb.ExchangeRequest]) -> None:
+        with self._lock:
+            self._unanswered = messages
+            for message in messages:
+                self._outbox.put(message)
+
+    def _next(self, deadline: float) -> Update | Returned | pb.Left:
         try:
             item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             raise RoundFailedError(
-                f"{self} has not answered worker {self._rank} by the deadline and does not say why; look at its log"
+                f"{self} has not answered {self._who} by the deadline and does not say why; look at its log"
             ) from None
         if isinstance(item, Exception):
-            self._inbox.put(item)  # what ended the stream ends every later wait too
-            if isinstance(item, grpc.RpcError):
-                self._raise(item)
+            self._inbox.put(item)  # what ended the exchange ends every later wait too, until it is opened again
             raise item
         return item
 
+    # The reader thread
+
+    def _connect(self) -> None:
+        """Open a stream: a hello, and what is unanswered."""
+        hello = pb.Hello(
+            rank=self._registration.rank,
+            incarnation=self._registration.incarnation,
+            version=self.history.version,
+            run=self.history.run,
+            digest=self.history.digest,
+        )
+        with self._lock:
+            self._outbox.put(None)  # the generator of the stream before may still wait here
+            self._outbox = queue.SimpleQueue()
+            for message in (pb.ExchangeRequest(hello=hello), *self._unanswered):
+                self._outbox.put(message)
+            if self._reader is not None:
+                self.resent_bytes += sum(message.ByteSize() for message in self._unanswered)
+            self._responses = self.calls.exchange(iter(self._outbox.get, None))
+
+    def _converse(self) -> None:
+        """Run on its own thread: a gRPC stream cannot be read with a deadline, and must be found again at any time."""
+        while True:
+            try:
+                self._read(self._responses)
+            except grpc.RpcError as error:
+                if self._closed.is_set() or not is_transient(error):
+                    self._end(self.calls.translate(error))
+                    return
+                _logger.warning("%s has lost %s (%s); looking for it", self._who, self, _details(error))
+            except ThresherError as error:
+                self._end(error)
+                return
+            else:
+                self._end(RoundFailedError(f"{self} has ended the exchange"))
+                return
+            try:
+                self._reconnect()
+            except ThresherError as error:
+                self._end(error)
+                return
+
+    def _end(self, error: Exception) -> None:
+        self._inbox.put(error)
+        self._agreed.put(error)
+
     def _read(self, responses: Iterator[pb.ExchangeResponse]) -> None:
-        """Run on its own thread: a gRPC stream cannot be read with a deadline, a queue can."""
-        try:
-            for response in responses:
-                if response.WhichOneof("body") not in ("left", "result"):  # updates and their continuations
-                    self.pull_bytes += response.ByteSize()
-                self._inbox.put(response)
-        except grpc.RpcError as error:
-            self._inbox.put(error)
-        else:
-            self._inbox.put(RoundFailedError(f"{self} has ended the exchange"))
+        body: pb.Update | None = None
+        payload, wire_bytes = Payload(0, 0), 0
+        for response in responses:
+            match response.WhichOneof("body"):
+                case "result":
+                    self._take_result(response.result)
+                    continue
+                case "left":
+                    self._inbox.put(response.left)
+                    continue
+                case "agreed":
+                    self._agreed.put(dict(response.agreed.values))
+                    continue
+                case "update":
+                    body, wire_bytes = response.update, 0
+                    payload = Payload(response.payload_bytes, payload_bound(self._piece))
+                case _:
+                    pass
+            if body is None:
+                raise ProtocolError(f"{self} sent a part of a payload before its message")
+            wire_bytes += response.ByteSize()
+            if payload.add(response.chunk):
+                self._take_update(body, payload.data, wire_bytes)
+                body = None
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            self._raise(error)
+    @property
+    def _piece(self) -> Slice:
+        if self._slice is None:
+            raise ProtocolError(f"the exchange with {self} has not been opened")
+        return self._slice
 
-    def _raise(self, error: Exception) -> NoReturn:
-        """Raise a gRPC error as one of ours."""
-        if not isinstance(error, grpc.Call):
-            raise ProtocolError(f"{self}: {error}") from error
-        details = error.details() or ""
-        name = dict(error.trailing_metadata() or ()).get(ERROR_NAME)
-        if name is not None:
-            raise error_named(str(name), f"{details} [{self}]") from None
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            raise RoundFailedError(
-                f"worker {self._rank} has lost {self}: it ended or cannot be reached ({details}); see its log"
-            ) from None
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise ConnectionTimeoutError(f"{self} did not answer worker {self._rank} in time ({details})") from None
-        raise ProtocolError(f"{self}: {error.code().name}: {details}") from None
+    def _take_update(self, body: pb.Update, frame: bytearray, wire_bytes: int) -> None:
+        update = update_from_message(body, frame, self._piece)
+        self.pull_bytes += wire_bytes
+        self.history.version, self.history.digest = max(self.history.version, update.version), update.digest
+        self._inbox.put(update)
+
+    def _take_result(self, result: pb.PushResult) -> None:
+        match result.verdict:
+            case pb.VERDICT_RETURNED:
+                self._inbox.put(Returned(result.step, result.reason))
+            case pb.VERDICT_DUPLICATE:
+                pass  # its update has come, or will
+            case _:
+                verdict = pb.Verdict.Name(result.verdict).removeprefix("VERDICT_")
+                raise RoundFailedError(f"{self}: push {result.step} was {verdict}: {result.reason}")
+
+    def _reconnect(self) -> None:
+        """Find the shard again. Raises ConnectionTimeoutError when it does not come back in time."""
+        self.reconnects += 1
+        begin = time.monotonic()
+        while not self._closed.wait(_PAUSE_SECONDS):
+            left = self._patience - (time.monotonic() - begin)
+            if left <= 0:
+                break
+            try:
+                response = self.calls.register(self._registration, timeout=min(left, NOTICE_SECONDS))
+            except (ConnectionTimeoutError, ShardLostError):
+                _logger.warning("%s has looked %.0f s for %s", self._who, time.monotonic() - begin, self)
+            else:
+                self._settle(response)
+                self._connect()
+                return
+        raise ConnectionTimeoutError(
+            f"{self._who} has lost {self}, and not found it again in {self._patience:.0f} s; see its log"
+        )
+
+    def _settle(self, response: pb.RegisterResponse) -> None:
+        """Hear what became of the last push while there was no connection.
+
+        Raises:
+            LostHistoryError: when the shard has lost everything.
+        """
+        if self.history.run and not response.seeded:
+            raise LostHistoryError(f"{self} has lost its state: it has no model any more")
+        with self._lock:
+            first = self._unanswered[0] if self._unanswered else pb.ExchangeRequest()
+            if not first.HasField("push") or first.push.step >= response.settled_steps:
+                return
+            if not first.push.only_mean:  # the mean of such a round is asked for again
+                self._unanswered = []
+        if response.last_verdict == pb.VERDICT_RETURNED and first.push.step == response.settled_steps - 1:
+            self._inbox.put(Returned(first.push.step, "while there was no connection"))
 
 
-def _code(error: Exception) -> grpc.StatusCode | None:
-    return error.code() if isinstance(error, grpc.Call) else None
+def _details(error: Exception) -> str:
+    return (error.details() or "") if isinstance(error, grpc.Call) else str(error)
 
 
 def _messages(first: pb.ExchangeRequest, payload: bytes) -> Iterator[pb.ExchangeRequest]:

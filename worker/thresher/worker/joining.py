@@ -11,14 +11,20 @@ from typing import final
 
 import torch
 
-from thresher.protos.errors import LayoutError, ProtocolError
+from thresher.protos.errors import LayoutError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import REGISTRATION_BYTES, layout_to_message, optimizer_to_message
-from thresher.protos.optimizers import OptimizerSpec
-from thresher.protos.replica import Replica
+from thresher.protos.messages import (
+    REGISTRATION_BYTES,
+    consistency_to_message,
+    layout_to_message,
+    optimizer_to_message,
+)
+from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.snapshots import pack_state
 from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker.calls import ShardCalls
 from thresher.worker.client import ShardClient
+from thresher.worker.following import Following, following
 from thresher.worker.parameters import ModelParameters
 from thresher.worker.placement import Placement
 from thresher.worker.settings import Settings
@@ -27,64 +33,124 @@ _logger = logging.getLogger(__name__)
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JoinedShard:
-    """One shard as this worker exchanges with it: the stream, the slice, the replica that follows the shard's log."""
+    """One shard as this worker exchanges with it.
+
+    Attributes:
+        client: The conversation.
+        slice: The shard's.
+        follower: The slice as this worker knows it; replaced where it fell too far behind.
+        answer: What the shard said to this worker's registration.
+        epoch: Of the membership that the shard is known to know.
+        overrides: Hyper-parameters in force that differ from the registered ones.
+        threshold: Of the coming round; None for methods without one.
+    """
 
     client: ShardClient
     slice: Slice
-    replica: Replica
+    follower: Following
+    answer: pb.RegisterResponse
+    epoch: int
+    overrides: tuple[Override, ...]
+    threshold: float | None
 
 
 def join(
-    settings: Settings, model: ModelParameters, spec: OptimizerSpec, placement: Placement, metrics_address: str
+    settings: Settings,
+    model: ModelParameters,
+    spec: OptimizerSpec,
+    placement: Placement,
+    metrics_address: str,
+    *,
+    resumed: bool,
 ) -> list[JoinedShard]:
     """Join all shards; afterwards ``model`` holds what rank 0 brought, or what the shards had already.
+
+    Args:
+        settings: Of this worker.
+        model: The user's.
+        spec: The user's optimizer.
+        placement: Where it runs.
+        metrics_address: Where this worker serves its metrics; empty if it does not.
+        resumed: This worker took part before: it has no starting values to give.
 
     Raises:
         ConnectionTimeoutError: when a shard does not come up before ``settings.connect_timeout``.
         LayoutError: when the model's tensors are too many to be registered, or as a shard refused.
-        RegistrationError, OptimizerError: as a shard refused.
+        RegistrationError, OptimizerError, FencedError: as a shard refused.
     """
-    layout = model.layout
-    slices = layout.slices(len(settings.addresses))
+    slices = model.layout.slices(len(settings.addresses))
     request = _registration(settings, model, spec, placement)
     request.metrics_address = metrics_address
-    clients = [
-        ShardClient(shard, address, settings.rank, request.incarnation)
-        for shard, address in enumerate(settings.addresses)
-    ]
-    registered: list[ShardClient] = []
+    who = f"worker {settings.rank}"
+    calls = [ShardCalls(shard, address, who, settings.credentials) for shard, address in enumerate(settings.addresses)]
+    joined: list[JoinedShard] = []
+    clients: list[ShardClient] = []
     try:
-        deadline = time.monotonic() + settings.connect_timeout
-        for client in clients:
-            client.wait_ready(deadline)
-        for client, piece in zip(clients, slices, strict=True):
-            request.shard = client.shard
-            answer = client.register(request)
-            registered.append(client)
-            if settings.rank == 0 and not answer.seeded:
-                client.seed(
-                    pack_state(placement.seed(model.state(piece)), model.untrained() if client.shard == 0 else {})
-                )
-        joined = [
-            _begin(client, piece, model, placement.shard_optimizer, settings.connect_timeout)
-            for client, piece in zip(clients, slices, strict=True)
-        ]
-        _check_versions(joined)
-        for shard in joined:
-            shard.client.open(shard.replica.version)
+        answers = _registered(calls, request, time.monotonic() + settings.connect_timeout, clients, settings)
+        if settings.rank == 0 and not resumed and not any(answer.version for answer in answers):
+            empty = [one for one, answer in zip(calls, answers, strict=True) if not answer.seeded]
+            _seed(empty, slices, request, model, placement)
+        for one, client, piece, answer in zip(calls, clients, slices, answers, strict=True):
+            snapshot = one.snapshot(settings.connect_timeout)
+            model.assign_untrained(snapshot.untrained)
+            client.history.CopyFrom(snapshot.history)
+            optimizer = placement.shard_optimizer
+            follower, overrides = following(piece, optimizer, snapshot), optimizer.overrides(snapshot.optimizer.groups)
+            epoch, threshold = answer.membership.epoch, snapshot.threshold
+            joined.append(JoinedShard(client, piece, follower, answer, epoch, overrides, threshold))
+        for shard in reversed(joined):  # the first shard decides who belongs to the run: by then all others know us
+            shard.client.open(shard.slice, shard.client.history)
     except BaseException as error:
-        for client in registered:  # the others must not wait for this worker
-            client.open(0)
-            client.abort(f"{type(error).__name__}: {error}")
-        for client in clients:
-            client.close()
+        _give_up(calls, clients, slices, f"{type(error).__name__}: {error}")
         raise
-    replaced = model.replace([(shard.slice, shard.replica.parameters) for shard in joined])
+    replaced = model.replace([(shard.slice, shard.follower.parameters) for shard in joined])
     if replaced and settings.rank != 0:
         _logger.info("worker %d: the shards' values replaced those of %s", settings.rank, _listed(replaced))
     return joined
+
+
+def _registered(
+    calls: Sequence[ShardCalls],
+    request: pb.RegisterRequest,
+    deadline: float,
+    clients: list[ShardClient],
+    settings: Settings,
+) -> list[pb.RegisterResponse]:
+    for one in calls:
+        one.wait_ready(deadline)
+    answers = []
+    for one in calls:
+        request.shard = one.shard
+        answer = one.register(request)
+        clients.append(ShardClient(one, request, answer.answer_timeout, settings.reconnect_timeout))
+        answers.append(answer)
+    return answers
+
+
+def _seed(
+    empty: Sequence[ShardCalls],
+    slices: Sequence[Slice],
+    request: pb.RegisterRequest,
+    model: ModelParameters,
+    placement: Placement,
+) -> None:
+    for one in empty:
+        state = placement.seed(model.state(slices[one.shard]))
+        data = pack_state(state, model.untrained() if one.shard == 0 else {})
+        one.seed(request.rank, request.incarnation, data)
+
+
+def _give_up(calls: Sequence[ShardCalls], clients: Sequence[ShardClient], slices: Sequence[Slice], reason: str) -> None:
+    """Tell those shards that know this worker already, so that the others need not wait for it."""
+    for client, piece in zip(clients, slices, strict=False):
+        client.open(piece, client.history)
+        client.abort(reason)
+    for client in clients:
+        client.close()
+    for one in calls:
+        one.close()
 
 
 def _registration(
@@ -99,6 +165,7 @@ def _registration(
         fingerprint=model.layout.fingerprint,
         optimizer=optimizer_to_message(placement.shard_optimizer),
         method=f"{spec.name} with {settings.method.describe()}",
+        consistency=consistency_to_message(settings.consistency),
         origin=f"{socket.gethostname()}:{os.getpid()}",
         environment=pb.Environment(
             torch_version=torch.__version__,
@@ -113,22 +180,6 @@ def _registration(
             "into larger ones, or shorten their names"
         )
     return request
-
-
-def _begin(
-    client: ShardClient, piece: Slice, model: ModelParameters, optimizer: OptimizerSpec, wait_seconds: float
-) -> JoinedShard:
-    """Make a replica of the shard's state."""
-    snapshot = client.snapshot(wait_seconds)
-    model.assign_untrained(snapshot.untrained)
-    return JoinedShard(client, piece, Replica(piece, optimizer, snapshot.state, snapshot.version))
-
-
-def _check_versions(joined: Sequence[JoinedShard]) -> None:
-    versions = {shard.replica.version for shard in joined}
-    if len(versions) > 1 or versions != {0}:
-        found = ", ".join(f"{shard.client} is at version {shard.replica.version}" for shard in joined)
-        raise ProtocolError(f"a worker can join at the start of a run only, but {found}; start shards and workers anew")
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from thresher.protos.optimizers import Hyperparameters, OptimizerSpec, Override
 from thresher.protos.replica import PARAMETERS, Replica
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Presence, Update
+from thresher.worker.following import Following
 
 Pieces = Sequence[tuple[Slice, Tensor]]
 """Flat float32 parameters of all the model, slice by slice."""
@@ -81,8 +82,16 @@ class Placement(Protocol):
         """Return where the model takes its next gradient; ``pieces`` are the shards' parameters."""
         ...
 
-    def state(self, replicas: Sequence[Replica]) -> list[dict[str, Tensor]]:
+    def state(self, followers: Sequence[Following]) -> list[dict[str, Tensor]]:
         """Return the optimizer state that stands for the user's own, in slices as `Replica.state` returns it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what only this worker knows between two rounds."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is."""
         ...
 
 
@@ -132,9 +141,16 @@ class GradientPlaced:
         """Return the shards' parameters."""
         return pieces
 
-    def state(self, replicas: Sequence[Replica]) -> list[dict[str, Tensor]]:
-        """Return the replicas' optimizer state."""
-        return [replica.state() for replica in replicas]
+    def state(self, followers: Sequence[Following]) -> list[dict[str, Tensor]]:
+        """Return the followers' optimizer state; there is none where they copy a shadow."""
+        return [follower.state() for follower in followers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: parameters and optimizer state are the shards'."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
     def _refuse_momentum_twice(self, groups: Sequence[Hyperparameters]) -> None:
         name = self.shard_optimizer.name
@@ -230,9 +246,17 @@ class UpdatePlaced:
         """Return y."""
         return [(self._whole, self._local.parameters)]
 
-    def state(self, replicas: Sequence[Replica]) -> list[dict[str, Tensor]]:  # noqa: ARG002 - likewise
+    def state(self, followers: Sequence[Following]) -> list[dict[str, Tensor]]:  # noqa: ARG002 - likewise
         """Return this worker's optimizer state."""
         return [self._local.state()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this worker's optimizer, and how many steps it has made."""
+        return {"local": self._local.state(), "version": self._local.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is, before a round has begun."""
+        self._local = Replica(self._whole, self._spec, state["local"], state["version"])
 
 
 def _rate(groups: Sequence[Hyperparameters]) -> float:

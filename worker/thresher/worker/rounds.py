@@ -1,52 +1,103 @@
-"""Rounds with all shards: what this worker sends is cut along the slices, and what comes back is replayed."""
+"""Rounds with all shards: what this worker sends is cut along the slices, and what comes back is followed."""
 
-from collections.abc import Sequence
-from typing import final
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from thresher.protos.codec import encode
+from thresher.protos.codec import decode, encode
+from thresher.protos.consistency import Consistency
+from thresher.protos.errors import BehindError, DataLossError, LostHistoryError, RoundFailedError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import overrides_to_messages
-from thresher.protos.optimizers import Override
+from thresher.protos.optimizers import OptimizerSpec, Override
+from thresher.protos.replica import Replica
+from thresher.protos.sealed import membership_from_message, membership_to_message
+from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
-from thresher.protos.update import Presence, Update, pack_presence
+from thresher.protos.update import Membership, Presence, Update, pack_presence
 from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker.client import Returned
+from thresher.worker.following import following
 from thresher.worker.joining import JoinedShard
+
+_ADMISSION_SECONDS: Final = 600.0
+
+Pending = tuple[bytes, bytes]
+"""A push and its frame, as they are kept until they are answered."""
+
+
+@final
+@dataclass(slots=True)
+class Outcome:
+    """What a round came to, for this worker.
+
+    Attributes:
+        updates: Those that its pushes are in, shard by shard, as far as it has seen them.
+        returned: Slices whose values come back, with the values.
+        pulled_bytes: Bytes of exchange messages in which updates came.
+    """
+
+    updates: list[Update] = field(default_factory=list)
+    returned: list[tuple[Slice, SparseGradient]] = field(default_factory=list)
+    pulled_bytes: int = 0
 
 
 @final
 class Rounds:
     """This worker's part in the rounds of a run.
 
-    Attributes:
+    Args:
+        rank: This worker's.
         shards: As joined, in their order.
+        consistency: When rounds close.
+        optimizer: The one that shards and replicas run.
+        untrained: Returns what goes with the model but is not trained, for a first shard that lost it.
+
+    Attributes:
         number: How many rounds this worker has taken part in: what the protocol calls its step.
+        membership: Who belongs to the run, as the first shard said last.
     """
 
-    def __init__(self, shards: Sequence[JoinedShard]) -> None:
-        """Begin at the first round."""
-        self.shards = tuple(shards)
+    def __init__(
+        self,
+        rank: int,
+        shards: Sequence[JoinedShard],
+        consistency: Consistency,
+        optimizer: OptimizerSpec,
+        untrained: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        """Begin where the shards are."""
+        self.rank, self.shards = rank, tuple(shards)
+        self._untrained = untrained
+        self._consistency, self._optimizer = consistency, optimizer
+        self._pending: list[Pending] = []
+        self._settled: list[bool] = []
         self.number = 0
+        self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
     @property
     def pieces(self) -> list[tuple[Slice, Tensor]]:
-        """The parameters that all workers share, x, slice by slice."""
-        return [(shard.slice, shard.replica.parameters) for shard in self.shards]
+        """The parameters that all workers share, slice by slice."""
+        return [(shard.slice, shard.follower.parameters) for shard in self.shards]
 
-    def exchange(
+    @property
+    def pending(self) -> list[Pending]:
+        """The pushes of the round that is being made, for a memory that outlives this process."""
+        return self._pending
+
+    def prepare(
         self,
         sent: SparseGradient | None,
         presence: Presence,
         overrides: Sequence[Override],
         proposal: float | None,
         residual: Tensor,
-    ) -> tuple[list[Update], int]:
-        """Push to all shards, then wait for what each made of the round, and follow it.
-
-        Returns:
-            The updates, shard by shard, and the bytes of exchange messages in which they came.
+    ) -> None:
+        """Make the pushes of the next round; `send` sends them.
 
         Args:
             sent: [numel], or None when this worker skips the round.
@@ -55,22 +106,40 @@ class Rounds:
             proposal: λ for the next round; None from all but rank 0.
             residual: [numel] float32, what this worker keeps.
         """
+        self._pending = []
         for shard in self.shards:
             piece = shard.slice
             kept = residual[piece.begin : piece.end]
             push = pb.Push(
                 step=self.number,
-                version=shard.replica.version,
+                version=shard.follower.version,
                 skipped=sent is None,
                 presence=pack_presence([presence[segment.tensor] for segment in piece.segments if presence]),
                 overrides=overrides_to_messages(overrides),
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
             )
-            shard.client.push(push, b"" if sent is None else encode(sent.slice(piece.begin, piece.end)))
+            frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
+            self._pending.append((push.SerializeToString(), frame))
+
+    def send(self) -> None:
+        """Push to all shards; returns before it has left."""
+        self._settled = [False] * len(self.shards)
+        for shard, (said, frame) in zip(self.shards, self._pending, strict=True):
+            self._push(shard, pb.Push.FromString(said), frame)
+
+    def finish(self) -> Outcome:
+        """Wait for what each shard made of the round, and follow it."""
+        outcome = Outcome()
         before = sum(shard.client.pull_bytes for shard in self.shards)
-        updates = self._follow()
-        return updates, sum(shard.client.pull_bytes for shard in self.shards) - before
+        for index, shard in enumerate(self.shards):
+            self._finish_one(index, shard, outcome)
+        outcome.pulled_bytes = sum(shard.client.pull_bytes for shard in self.shards) - before
+        self.number += 1
+        self._pending = []
+        if self._consistency.lockstep and self.rank not in self.membership.ranks:
+            self.await_admission()
+        return outcome
 
     def mean(self, vector: Tensor) -> Tensor:
         """Return the mean of all workers' ``vector``, [numel] float32: a round that leaves the model as it is.
@@ -78,16 +147,155 @@ class Rounds:
         All workers must take part.
         """
         whole = SparseGradient.dense(vector)
+        self._pending = []
         for shard in self.shards:
-            push = pb.Push(step=self.number, version=shard.replica.version, only_mean=True)
-            shard.client.push(push, encode(whole.slice(shard.slice.begin, shard.slice.end)))
-        return torch.cat([update.mean.densify() for update in self._follow() if update.mean is not None])
+            push = pb.Push(step=self.number, version=self.number, only_mean=True)
+            frame = encode(whole.slice(shard.slice.begin, shard.slice.end))
+            self._pending.append((push.SerializeToString(), frame))
+        self.send()
+        updates = self.finish().updates
+        return torch.cat([update.mean.densify() for update in updates if update.mean is not None])
 
-    def _follow(self) -> list[Update]:
-        updates = []
-        for shard in self.shards:
-            update = shard.client.wait_update(shard.slice)
-            shard.replica.apply(update)
-            updates.append(update)
-        self.number += 1
-        return updates
+    # Coming back
+
+    def resume(self, step: int, pending: Sequence[Pending]) -> None:
+        """Go on in the round in which this worker was ended: send what the shards have not heard.
+
+        Args:
+            step: Of the pushes.
+            pending: As `pending` returned them.
+        """
+        self.number, self._pending = step, list(pending)
+        self._settled = [shard.answer.settled_steps > step for shard in self.shards]
+        for shard, settled, (said, frame) in zip(self.shards, self._settled, self._pending, strict=True):
+            if not settled:
+                self._push(shard, pb.Push.FromString(said), frame)
+
+    def begin(self) -> None:
+        """Begin without a memory: in a new run, as a newcomer, or after this worker's state was lost.
+
+        Where the shards have heard different numbers of this rank's pushes, those behind are told that one is lost.
+        """
+        answers = [shard.answer for shard in self.shards]
+        self.number = max(answer.settled_steps + answer.in_open_round for answer in answers)
+        if any(answer.settled_steps < self.number for answer in answers):
+            lost = [
+                pb.Push(step=self.number - 1, version=shard.follower.version, skipped=True, lost=True)
+                for shard in self.shards
+            ]
+            self.resume(self.number - 1, [(push.SerializeToString(), b"") for push in lost])
+            self.finish()
+        elif self._consistency.lockstep and self.rank not in self.membership.ranks:
+            self.await_admission()
+
+    def await_admission(self) -> None:
+        """Follow until the first shard counts this worker among the members, and go on from that version.
+
+        Raises:
+            RoundFailedError: when that does not happen in time.
+        """
+        first, *others = self.shards
+        deadline = time.monotonic() + _ADMISSION_SECONDS
+        while self.rank not in self.membership.ranks:
+            if time.monotonic() > deadline:
+                raise RoundFailedError(
+                    f"worker {self.rank} has waited {_ADMISSION_SECONDS:.0f} s to be let into the run by {first.client}"
+                )
+            self._follow(first)
+        for shard in others:
+            while shard.follower.version < first.follower.version:
+                self._follow(shard)
+        self.number = first.follower.version
+
+    def _push(self, shard: JoinedShard, push: pb.Push, frame: bytes) -> None:
+        if self.membership.epoch > shard.epoch:
+            push.membership.CopyFrom(membership_to_message(self.membership))
+        shard.client.push(push, frame)
+
+    def _finish_one(self, index: int, shard: JoinedShard, outcome: Outcome) -> None:
+        step, (said, frame) = self.number, self._pending[index]
+        push = pb.Push.FromString(said)
+        found: Update | None = None
+        returned = self._settled[index] and self._was_returned(shard, step)
+        while not self._is_done(index, shard, found, only_mean=push.only_mean):
+            told = self._follow(shard)
+            match told:
+                case Returned():
+                    returned = self._settled[index] = True
+                case Update() if self._contains(told, push):
+                    found, self._settled[index] = told, True
+                case _:
+                    self._settled[index] = self._settled[index] or shard.answer.settled_steps > step
+        shard.client.answered()
+        shard.epoch = max(shard.epoch, self.membership.epoch)
+        if found is not None:
+            outcome.updates.append(found)
+        if returned and frame and not push.only_mean:
+            outcome.returned.append((shard.slice, decode(frame, numel=shard.slice.numel)))
+
+    def _is_done(self, index: int, shard: JoinedShard, found: Update | None, *, only_mean: bool) -> bool:
+        """True when the push has its verdict, and this worker is where the round has left the shard."""
+        arrived = not self._consistency.lockstep or shard.follower.version > self.number
+        return self._settled[index] and arrived and (found is not None or not only_mean)
+
+    def _was_returned(self, shard: JoinedShard, step: int) -> bool:
+        answer = shard.answer
+        return answer.settled_steps == step + 1 and answer.last_verdict == pb.VERDICT_RETURNED
+
+    def _contains(self, update: Update, push: pb.Push) -> bool:
+        if not self._consistency.lockstep:
+            return (self.rank, push.step) in update.arrivals
+        # A round may have been closed without this worker; then its push comes back.
+        return update.version == push.step + 1 and (push.skipped or self.rank in update.contributors)
+
+    def _follow(self, shard: JoinedShard) -> Update | Returned | None:
+        """Take what a shard says next; None where this worker and the shard had to find together first."""
+        try:
+            told = shard.client.wait()
+        except BehindError:
+            self._catch_up(shard)
+            return None
+        except LostHistoryError as error:
+            self._refill(shard, error)
+            return None
+        if isinstance(told, Update):
+            if told.version > shard.follower.version:
+                shard.follower.apply(told)
+                shard.overrides, shard.threshold = told.overrides, told.next_threshold
+            if told.membership is not None and shard is self.shards[0]:
+                self.membership = told.membership
+        return told
+
+    def _catch_up(self, shard: JoinedShard) -> None:
+        """Begin again from a snapshot: what this worker lacks is no longer in the shard's log."""
+        snapshot = shard.client.calls.snapshot(_ADMISSION_SECONDS)
+        shard.follower = following(shard.slice, self._optimizer, snapshot)
+        if shard is self.shards[0] and snapshot.membership.epoch > self.membership.epoch:
+            self.membership = snapshot.membership
+        shard.overrides = self._optimizer.overrides(snapshot.optimizer.groups)
+        shard.threshold = snapshot.threshold
+        shard.answer = shard.client.reopen(snapshot.history)
+
+    def _refill(self, shard: JoinedShard, error: LostHistoryError) -> None:
+        """Give a shard that has lost its state this worker's replica.
+
+        Raises:
+            DataLossError: where a replica is not all that the shard knew.
+        """
+        follower = shard.follower
+        if not self._consistency.lockstep or not isinstance(follower, Replica):
+            raise DataLossError(
+                f"{error}. Only in lockstep, with updates downlink, a worker's replica replaces it; restore its state "
+                "folder, or start anew from the last model"
+            ) from error
+        refill = pb.Refill(
+            history=shard.client.history,
+            overrides=overrides_to_messages(shard.overrides),
+            next_threshold=shard.threshold,
+            membership=membership_to_message(self.membership),
+        )
+        registration = shard.client.registration
+        data = pack_state(follower.state(), self._untrained() if shard is self.shards[0] else {})
+        shard.client.calls.register(registration)
+        shard.client.calls.seed(registration.rank, registration.incarnation, data, refill)
+        shard.answer = shard.client.reopen(shard.client.history)

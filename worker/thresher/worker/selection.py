@@ -1,12 +1,12 @@
 """What one worker sends of each round: a feedback whose threshold may come from the run."""
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor
 
 from thresher.compression import Round, quantile_threshold
-from thresher.protos.layout import Layout
+from thresher.protos.layout import Layout, Slice
 from thresher.protos.optimizers import Hyperparameters
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Update
@@ -57,6 +57,30 @@ class Selection:
         compress = self.feedback.compress_finite if message.finite else self.feedback.compress
         return compress(message.vector, here)
 
+    def select_all(self, message: Message, number: int) -> SparseGradient:
+        """Return ``message`` and the whole residual, and keep nothing: the last push of a worker that leaves."""
+        sent = self.select(message, number).densify()
+        sent += self.residual
+        self.residual.zero_()
+        indices = sent.nonzero().view(-1)
+        return SparseGradient(indices, sent[indices], sent.numel())
+
+    def give_back(self, piece: Slice, values: SparseGradient) -> None:
+        """Put what a shard did not take back into the residual."""
+        self.residual[piece.begin : piece.end].index_add_(0, values.indices, values.values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything it remembers: what was not sent, and how λ is found."""
+        steering = None if self._steering is None else self._steering.state_dict()
+        return {"feedback": self.feedback.state_dict(), "threshold": self.threshold, "steering": steering}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is. Raises ConfigurationError when it is that of another method."""
+        self.feedback.load_state_dict(state["feedback"])
+        self.threshold = state["threshold"]
+        if self._steering is not None:
+            self._steering.load_state_dict(state["steering"])
+
     def propose(self, message: Message | None, sent: SparseGradient | None) -> float | None:
         """Return rank 0's λ for the next round, after ``sent`` was selected; None for methods without one."""
         if self._steering is None or message is None or sent is None:
@@ -71,7 +95,7 @@ class Selection:
 
     def adopt(self, updates: Sequence[Update], pulled_bytes: int = 0) -> None:
         """Take the run's λ for the next round, and hear in how many bytes the updates came."""
-        if self._steering is not None:
+        if self._steering is not None and updates:
             self._steering.settle(updates, pulled_bytes)
         for update in updates:
             if update.next_threshold is not None:

@@ -2,36 +2,51 @@
 
 import atexit
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Final, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thresher.compression import Feedback
-from thresher.protos.errors import ConfigurationError, NonFiniteGradientError, ProtocolError, ThresherError
+from thresher.protos.errors import (
+    ConfigurationError,
+    DataLossError,
+    NonFiniteGradientError,
+    ProtocolError,
+    ThresherError,
+)
+from thresher.protos.faults import reached
 from thresher.protos.optimizers import OptimizerSpec, hyperparameters_of, spec_of
 from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import check_address
 from thresher.protos.update import Presence
+from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.batches import keyed_seed, seed_everything, share
 from thresher.worker.joining import join
+from thresher.worker.memory import Memory
 from thresher.worker.metrics import WorkerMetrics
 from thresher.worker.outer import outer_spec
 from thresher.worker.parameters import ModelParameters
 from thresher.worker.placement import GradientPlaced, Placement, UpdatePlaced
+from thresher.worker.progress import Progress
 from thresher.worker.rounds import Rounds
 from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings, settings_from
 from thresher.worker.statistics import WorkerStatistics
+from thresher.worker.step_hooks import StepHooks
 
 _logger = logging.getLogger(__name__)
+
+_NO_OPTIMIZER: Final = OptimizerSpec("Subtract", ({},))
 
 EvaluationPoint = Literal["synced", "virtual"]
 
@@ -63,16 +78,18 @@ class Session:
 
     def __init__(self, settings: Settings) -> None:
         """Prepare; nothing is sent before `wrap`."""
+        encrypted = settings.credentials.tls is not None
         for address in settings.addresses:
-            check_address(address, insecure=settings.insecure)
+            check_address(address, insecure=settings.insecure, encrypted=encrypted)
         self._settings = settings
-        self._rounds = Rounds(())
+        self._rounds = Rounds(settings.rank, (), settings.consistency, _NO_OPTIMIZER, dict)
+        self._memory: Memory | None = None
+        self._progress = Progress()
+        self._repeat: dict[str, Any] | None = None  # what was kept of the step that is made again
+        self._leaving = False
         self._metrics: WorkerMetrics | None = None
-        self._step = 0
-        self._batch = 0  # batches taken since the last step: gradients may be accumulated over several
         self._selection: Selection | None = None
         self._statistics = WorkerStatistics(settings.rank)
-        self._hidden: list[Tensor | None] = []
         self._closed = False
 
     @property
@@ -88,7 +105,7 @@ class Session:
     @property
     def step(self) -> int:
         """Number of optimizer steps this worker has made."""
-        return self._step
+        return self._progress.step
 
     @property
     def residual(self) -> Tensor:
@@ -133,17 +150,54 @@ class Session:
         self._placement = self._placement_of(spec, self._selection.feedback)
         if self._settings.metrics_listen is not None:
             self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
-        metrics_address = self._metrics.address if self._metrics is not None else ""
         try:
-            self._rounds = Rounds(join(self._settings, self._model, spec, self._placement, metrics_address))
+            self._join(spec)
         except BaseException:
             self._end()
             raise
         atexit.register(self._at_exit)
+        self._hear_termination()
         self._restart()
         self._count(None, compress_seconds=0.0, wait_seconds=0.0)
-        self._hook()
+        StepHooks(optimizer, self._model, self._exchange, self._publish_state)
         return self
+
+    def _join(self, spec: OptimizerSpec) -> None:
+        """Begin from where the shards are, and from where this worker was, if it took part before."""
+        settings = self._settings
+        kept = self._remembered()
+        address = self._metrics.address if self._metrics is not None else ""
+        shards = join(settings, self._model, spec, self._placement, address, resumed=kept is not None)
+        optimizer = self._placement.shard_optimizer
+        self._rounds = Rounds(self.rank, shards, settings.consistency, optimizer, self._model.untrained)
+        if kept is None:
+            self._rounds.begin()
+            self._selecting.threshold = self._selecting.threshold or shards[0].threshold
+            return
+        if kept["run"] != shards[0].client.history.run:
+            raise DataLossError(
+                f"worker {self.rank} remembers run {kept['run']:x} in {settings.state_dir}, the shards are in run "
+                f"{shards[0].client.history.run:x}; give it the folder of this run, or an empty one"
+            )
+        self._progress.load(kept["progress"])
+        self._selecting.load_state_dict(kept["selection"])
+        self._placement.load_state_dict(kept["placement"])
+        self._rounds.resume(kept["number"], kept["pending"])
+        self._repeat = kept
+        _logger.info("worker %d goes on with step %d", self.rank, self.step)
+
+    def _remembered(self) -> dict[str, Any] | None:
+        settings = self._settings
+        if settings.state_dir is None:
+            return None
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        path = settings.state_dir / f"worker-{self.rank}.state"
+        identity = f"worker {self.rank}: {self._model.layout.fingerprint}, {settings.method.describe()}"
+        who = f"worker {self.rank}"
+        self._memory = Memory(path, identity, between=lambda: reached(who, "flip"))
+        for notice in self._memory.notices:
+            _logger.warning("%s", notice)
+        return self._memory.load()
 
     def _placement_of(self, spec: OptimizerSpec, feedback: Feedback) -> Placement:
         method, layout = self._settings.method, self._model.layout
@@ -161,17 +215,55 @@ class Session:
         it is fetched and before it is yielded, so that what a step draws depends neither on the steps before nor on how
         its data were loaded. Among several batches of one step each has a key of its own.
         """
-        seed = self._settings.seed
-        shared = share(loader, seed=seed, step=self._step, rank=self.rank, workers=self.workers)
+        if not self._progress.begin_pass():
+            return
+        seed, progress = self._settings.seed, self._progress
+        shared = share(
+            loader, seed=seed, step=progress.pass_step, rank=self.rank, workers=self.workers, skip=progress.taken
+        )
         while True:
-            seed_everything(keyed_seed("data", seed, self.rank, self._step, self._batch))
+            seed_everything(keyed_seed("data", seed, self.rank, progress.step, progress.batch))
             try:
                 batch = next(shared)
             except StopIteration:
                 return
-            seed_everything(keyed_seed("step", seed, self.rank, self._step, self._batch))
-            self._batch += 1
+            seed_everything(keyed_seed("step", seed, self.rank, progress.step, progress.batch))
+            progress.begin_batch()
             yield batch
+
+    def passes(self, count: int) -> Iterator[int]:
+        """Yield 0 … ``count`` - 1, as ``range(count)`` does; a worker that was killed begins at the pass it was in."""
+        return self._progress.passes(count)
+
+    def keep(self, **objects: object) -> None:
+        """Keep these with the rest of this worker's state: a scheduler, an average, anything with a ``state_dict()``.
+
+        Where this worker goes on after a kill, they are given back what was kept: at once, and once more when the first
+        batch is yielded, so that nothing counts twice.
+
+        Raises:
+            ConfigurationError: when one has no state that could be kept.
+        """
+        self._progress.keep(objects)
+
+    def mean(self, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the members' mean of some numbers, such as losses; all must ask for the same, in the same order.
+
+        Raises:
+            ProtocolError: before `wrap`, or when the members ask for different ones.
+            RoundFailedError: when some have not asked by the deadline; the shard's log names them.
+        """
+        self._selecting  # noqa: B018 - it refuses before `wrap`
+        repeated = self._progress.repeated()
+        if repeated is not None:
+            return repeated
+        agreed = self._rounds.shards[0].client.agree(self._progress.agreements, values)
+        self._progress.agreed(agreed)
+        return agreed
+
+    def stop(self, wish: bool = False) -> bool:  # noqa: FBT001, FBT002 - reads as a question
+        """Return True on all workers as soon as one of them wishes to stop: early stopping; all must ask alike."""
+        return self.mean({"stop": float(wish)})["stop"] > 0
 
     def statistics(self) -> WorkerStatistics:
         """Return this worker's counters; from any thread."""
@@ -193,7 +285,11 @@ class Session:
             for index, shard in enumerate(self._rounds.shards):
                 bring_buffers = self.rank == 0 and index == 0
                 buffers = pack_state({}, self._model.untrained(buffers_only=True)) if bring_buffers else b""
-                shard.client.leave(self._rounds.number, buffers)
+                kept = self.residual[shard.slice.begin : shard.slice.end]
+                whole = not self._progress.resumed
+                shard.client.leave(pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=whole), buffers)
+            if self._memory is not None:
+                self._memory.clear()
         finally:
             self._end()
 
@@ -260,30 +356,74 @@ class Session:
 
     def _exchange(self, *, skip: bool, inverse_scale: float) -> None:
         """Make one step: alone between rounds, and with all shards where a round is due."""
+        if self._closed:
+            raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
+        if self._repeat is not None:
+            self._finish_again(self._repeat)
+            return
         groups = hyperparameters_of(self._optimizer)
         overrides = self._placement.overrides(groups)
         begin = time.perf_counter()
         gradient = None if skip else self._gradient(inverse_scale)
+        reached(f"worker {self.rank}", "gradient")
         if gradient is not None:
             self._placement.take(*gradient, groups)
-        self._step, self._batch = self._step + 1, 0
-        if self._step % self._settings.method.period:
+        if (self.step + 1) % self._settings.method.period and not self._leaving:
+            self._progress.end_step()
             self._show()
             return
         message = self._placement.message()
-        sent = None if message is None else self._selecting.select(message, self._rounds.number)
+        select = self._selecting.select_all if self._leaving else self._selecting.select
+        sent = None if message is None else select(message, self._rounds.number)
         presence = () if message is None or sent is None else self._model.heard(message.presence, sent)
         proposal = self._selecting.propose(message, sent) if self.rank == 0 else None
+        self._rounds.prepare(sent, presence, overrides, proposal, self.residual)
+        reached(f"worker {self.rank}", "compress")
+        self._remember()
         compressed = time.perf_counter()
-        self._selecting.adopt(*self._rounds.exchange(sent, presence, overrides, proposal, self.residual))
-        self._restart()
+        self._rounds.send()
+        self._finish()
         self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
+        if self._leaving:
+            self.close()
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _finish(self) -> None:
+        """Hear what became of the round, and begin the next."""
+        outcome = self._rounds.finish()
+        for piece, values in outcome.returned:
+            self._selecting.give_back(piece, values)
+        self._selecting.adopt(outcome.updates, outcome.pulled_bytes)
+        self._progress.end_step()
+        self._restart()
+
+    def _finish_again(self, kept: dict[str, Any]) -> None:
+        """Finish the step in which this worker was killed: its message is the one that was kept."""
+        self._repeat = None
+        self._finish()
+        self._model.assign_untrained(kept["untrained"])  # the forward pass was made again, on other parameters
+        self._count(None, compress_seconds=0.0, wait_seconds=0.0)
+
+    def _remember(self) -> None:
+        if self._memory is None:
+            return
+        self._memory.flip(
+            {
+                "run": self._rounds.shards[0].client.history.run,
+                "progress": self._progress.state(),
+                "number": self._rounds.number,
+                "pending": self._rounds.pending,
+                "selection": self._selecting.state_dict(),
+                "placement": self._placement.state_dict(),
+                "untrained": self._model.untrained(buffers_only=True),
+            }
+        )
 
     def _gradient(self, inverse_scale: float) -> tuple[Tensor, Presence] | None:
         """Return the model's flat gradient, and which tensors have one; None when the step is skipped."""
         gradient = self._model.gather(inverse_scale)
         try:
-            self._model.check_finite(self.rank, self._step)
+            self._model.check_finite(self.rank, self.step)
         except NonFiniteGradientError as error:
             if self._settings.method.nonfinite == "refuse":
                 raise
@@ -304,58 +444,18 @@ class Session:
         then = self._statistics
         self._statistics = WorkerStatistics(
             rank=self.rank,
-            steps=self._step,
-            skipped=then.skipped + (sent is None and self._step > 0),
+            steps=self.step,
+            skipped=then.skipped + (sent is None and wait_seconds > 0),
             numel=self._model.layout.numel,
             push_bytes=tuple(shard.client.push_bytes for shard in self._rounds.shards),
             pull_bytes=tuple(shard.client.pull_bytes for shard in self._rounds.shards),
-            setup_bytes=sum(shard.client.setup_bytes for shard in self._rounds.shards),
+            setup_bytes=sum(shard.client.calls.setup_bytes for shard in self._rounds.shards),
             pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
             density=sent.density if sent is not None else 0.0,
             residual_norm=float(self.residual.norm()),
             threshold=self._selecting.threshold,
             compress_seconds=then.compress_seconds + compress_seconds,
             wait_seconds=then.wait_seconds + wait_seconds,
-        )
-
-    # The optimizer's hooks
-
-    def _hook(self) -> None:
-        """Put the exchange into ``optimizer.step()`` by torch's own hooks: nothing is patched, nothing subclassed."""
-        optimizer = self._optimizer
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-        optimizer.register_state_dict_pre_hook(self._before_state_dict)
-        optimizer.register_load_state_dict_pre_hook(self._before_load_state_dict)
-        # GradScaler then calls step() even on overflow and says so, as it does for fused optimizers. An overflow on one
-        # worker only must still be heard by the others.
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # noqa: SLF001 - its only switch
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Exchange; then hide the gradients, so that the user's optimizer itself finds nothing left to do."""
-        if self._closed:
-            raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        skip, inverse_scale = _taken_from_scaler(optimizer)
-        self._exchange(skip=skip, inverse_scale=inverse_scale)
-        self._hidden = self._model.hide_gradients()
-        return ((optimizer, lambda: loss), {}) if closure is not None else None
-
-    def _after_step(self, *_: Any) -> None:
-        self._model.restore_gradients(self._hidden)
-        self._hidden = []
-
-    def _before_state_dict(self, *_: Any) -> None:
-        self._model.publish_state(self._placement.state([shard.replica for shard in self._rounds.shards]))
-
-    def _before_load_state_dict(self, *_: Any) -> None:
-        raise ProtocolError(
-            "the optimizer's state lives at the shards now; load a state_dict before the optimizer is wrapped, "
-            "and rank 0's seeds the shards"
         )
 
     # Leaving
@@ -371,19 +471,25 @@ class Session:
         except ThresherError as failure:
             _logger.error("%s", failure)  # noqa: TRY400 - it says all; a traceback of the exit would not help
 
+    def _publish_state(self) -> None:
+        self._model.publish_state(self._placement.state([shard.follower for shard in self._rounds.shards]))
+
+    def _hear_termination(self) -> None:
+        """A spot notice: the next step sends everything that was kept back, and this worker leaves."""
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminated)
+
+    def _terminated(self, *_: object) -> None:
+        if self._leaving:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        self._leaving = True
+
     def _end(self) -> None:
         for shard in self._rounds.shards:
             shard.client.close()
+        if self._memory is not None:
+            self._memory.close()
         if self._metrics is not None:
             self._metrics.close()
-
-
-def _taken_from_scaler(optimizer: torch.optim.Optimizer) -> tuple[bool, float]:
-    """Return what a GradScaler left on the optimizer: is this step to be skipped, and what unscales its gradients?
-
-    Both are taken off, or the optimizer itself would use them; the scaler deletes the attributes, so they stay.
-    """
-    overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    if overflow is not None:
-        optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
-    return overflow is not None and bool(overflow), 1.0 if scale is None else 1.0 / float(scale)

@@ -4,8 +4,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
+from thresher.protos.consistency import Consistency
+from thresher.protos.credentials import NO_CREDENTIALS, Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
 from thresher.worker.method import Method
 
@@ -13,6 +16,11 @@ Value = TypeVar("Value", int, float, str)
 
 _PREFIX: Final = "THRESHER_"
 _EVERYTHING: Final = Method(threshold=0.0)
+_SYNC: Final = Consistency()
+_CONSISTENCY: Final = {
+    "mode": str, "quorum": int, "grace": float, "staleness": int, "max_staleness": int, "downlink": str,
+    "shadow_threshold": float,
+}  # fmt: skip
 _KINDS: Final = {
     "threshold": float, "density": float, "precision": float, "budget": int, "steps": int, "period": int,
 }  # fmt: skip
@@ -29,10 +37,14 @@ class Settings:
         workers: Number of workers.
         seed: Keys data order and randomness, together with rank and step.
         method: What is sent.
+        consistency: When rounds close.
+        state_dir: Folder of the file in which this worker's state survives the worker; None keeps it in memory only.
         connect_timeout: Seconds to wait for the shards to come up.
+        reconnect_timeout: Seconds to look for a shard that was lost.
         threshold_factor: This worker's factor on the run's λ: above 1 where its uplink is slow.
         metrics_listen: ``host:port`` of the Prometheus endpoint; port 0 takes a free one, None serves none.
         insecure: Plain text beyond this machine is fine.
+        credentials: What is shown to the shards, and trusted.
     """
 
     addresses: tuple[str, ...]
@@ -40,10 +52,14 @@ class Settings:
     workers: int
     seed: int = 0
     method: Method = _EVERYTHING
+    consistency: Consistency = _SYNC
+    state_dir: Path | None = None
     connect_timeout: float = 60.0
+    reconnect_timeout: float = 300.0
     threshold_factor: float = 1.0
     metrics_listen: str | None = None
     insecure: bool = False
+    credentials: Credentials = NO_CREDENTIALS
 
     def __post_init__(self) -> None:
         """Check before anything is sent."""
@@ -51,22 +67,35 @@ class Settings:
             raise ConfigurationError("no shard is named; set THRESHER_SHARDS to host:port,host:port,…")
         if not 0 <= self.rank < self.workers:
             raise ConfigurationError(f"rank {self.rank} is not one of 0 … {self.workers - 1}")
-        if not (math.isfinite(self.connect_timeout) and self.connect_timeout >= 0):
-            raise ConfigurationError(f"connect timeout must be finite seconds >= 0, not {self.connect_timeout}")
-        if not (math.isfinite(self.threshold_factor) and self.threshold_factor > 0):
-            raise ConfigurationError(f"threshold factor must be a finite number > 0, not {self.threshold_factor}")
+        for name in ("connect_timeout", "reconnect_timeout"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ConfigurationError(f"{name.replace('_', ' ')} must be finite seconds >= 0, not {seconds}")
+        if self.method.budget is not None and not self.consistency.lockstep:
+            raise ConfigurationError(
+                "a budget in bytes counts rounds in which all members push, not those of "
+                f"{self.consistency.describe()}; give a density or a threshold"
+            )
 
     def environment(self) -> dict[str, str]:
         """Return the variables that `settings_from` reads: how a launcher tells a worker."""
+        tls = self.credentials.tls
         values: dict[str, Any] = {
             "SHARDS": ",".join(self.addresses),
             "RANK": self.rank,
             "WORKERS": self.workers,
             "SEED": self.seed,
             "CONNECT_TIMEOUT": self.connect_timeout,
+            "RECONNECT_TIMEOUT": self.reconnect_timeout,
+            "STATE_DIR": self.state_dir,
+            **{name.upper(): getattr(self.consistency, name) for name in _CONSISTENCY},
             "THRESHOLD_FACTOR": self.threshold_factor,
             "METRICS": self.metrics_listen,
             "INSECURE": self.insecure,
+            "TLS_CA": tls and tls.ca,
+            "TLS_CERT": tls and tls.certificate,
+            "TLS_KEY": tls and tls.key,
+            "TOKEN_FILE": self.credentials.token_file,
             **{field.name.upper(): getattr(self.method, field.name) for field in fields(Method)},
         }
         return {
@@ -97,19 +126,33 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
     }
     if not method.keys() & {"compressor", "threshold", "density", "budget", "precision"}:
         method["threshold"] = 0.0
+    consistency: dict[str, Any] = {
+        name: _read(found, name.upper(), kind) for name, kind in _CONSISTENCY.items() if name.upper() in found
+    }
     factor = _read(found, "THRESHOLD_FACTOR", float)
-    timeout = _read(found, "CONNECT_TIMEOUT", float)
+    timeout, patience = _read(found, "CONNECT_TIMEOUT", float), _read(found, "RECONNECT_TIMEOUT", float)
     return Settings(
         addresses=tuple(address for address in found["SHARDS"].split(",") if address),
         rank=_required(found, "RANK"),
         workers=_required(found, "WORKERS"),
         seed=_read(found, "SEED", int) or 0,
         method=Method(**method),
+        consistency=Consistency(**consistency),
+        state_dir=Path(found["STATE_DIR"]) if "STATE_DIR" in found else None,
         connect_timeout=60.0 if timeout is None else timeout,
+        reconnect_timeout=300.0 if patience is None else patience,
         threshold_factor=1.0 if factor is None else factor,
         metrics_listen=found.get("METRICS"),
         insecure=_flag(found, "INSECURE"),
+        credentials=_credentials(found),
     )
+
+
+def _credentials(found: Mapping[str, str]) -> Credentials:
+    ca, certificate, key, token = (
+        Path(found[name]) if name in found else None for name in ("TLS_CA", "TLS_CERT", "TLS_KEY", "TOKEN_FILE")
+    )
+    return Credentials(TlsFiles(ca, certificate, key) if ca or certificate or key else None, token)
 
 
 def _required(found: Mapping[str, str], name: str) -> int:

@@ -1,7 +1,7 @@
 """How rank 0 finds the run's λ on the way: calibrated on the first rounds, or steered to a budget."""
 
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol, final
 
 from torch import Tensor
 
@@ -33,6 +33,14 @@ class Steering(Protocol):
         """Hear what a round came to: the updates of all shards, and the bytes in which this worker pulled them."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state, plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is."""
+        ...
+
 
 @final
 class Calibrated:
@@ -51,6 +59,14 @@ class Calibrated:
 
     def settle(self, updates: Sequence[Update], pulled_bytes: int) -> None:
         """Do nothing: a calibration does not look at what others sent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the calibration's state."""
+        return self._calibration.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is."""
+        self._calibration.load_state_dict(state)
 
 
 @final
@@ -94,11 +110,26 @@ class Budgeted:
         """Learn what all workers sent, and what an element costs."""
         members = updates[0].members
         elements = sum(update.pushed_elements for update in updates)
-        self._settled = elements / (members * self._numel)
+        pushes = len(updates[0].arrivals) or members
+        self._settled = elements / (pushes * self._numel)
         self._elements += elements
         self._bytes += sum(update.push_bytes for update in updates) + members * pulled_bytes
         if self._affordable is not None and self._elements:
             self._budget.allow(_fraction(self._affordable * self._elements / self._bytes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the controller's state, and what was spent."""
+        return {
+            "budget": self._budget.state_dict(),
+            "settled": self._settled,
+            "bytes": self._bytes,
+            "elements": self._elements,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose state this is."""
+        self._budget.load_state_dict(state["budget"])
+        self._settled, self._bytes, self._elements = state["settled"], state["bytes"], state["elements"]
 
 
 def _fraction(density: float) -> float:

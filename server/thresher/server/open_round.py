@@ -1,0 +1,77 @@
+"""The round that is open: whose pushes are in it, whose wait to be let in, and when it is to be closed."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import final
+
+from thresher.protos.consistency import Consistency
+from thresher.server.events import Push
+from thresher.server.members import Member
+
+
+@final
+class OpenRound:
+    """Pushes that have come and have no verdict yet; at most one of each worker.
+
+    Attributes:
+        opened_at: When the first push of the open round was let in.
+    """
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self._pushes: dict[int, Push] = {}
+        self._held: dict[int, tuple[Push, float]] = {}  # in the order in which they came, and since when
+        self._quorum_at = math.inf
+        self.opened_at = 0.0
+
+    @property
+    def pushes(self) -> Mapping[int, Push]:
+        """Those that the next close takes, by rank."""
+        return self._pushes
+
+    @property
+    def waiting(self) -> dict[int, Push]:
+        """All that have come, by rank."""
+        return {**self._pushes, **{rank: push for rank, (push, _) in self._held.items()}}
+
+    def since(self) -> float:
+        """Return when the oldest of them came; infinity when there is none."""
+        return min([at for _, at in self._held.values()] + ([self.opened_at] if self._pushes else []), default=math.inf)
+
+    def hold(self, push: Push, now: float) -> None:
+        """Take a push that came; `let_in` says when it takes part."""
+        self._held[push.worker.rank] = push, now
+
+    def let_in(self, consistency: Consistency, awaited: Collection[Member], now: float) -> None:
+        """Move held pushes into the round: in sync all, in async one, in ssp one that is not too far ahead."""
+        slowest = min((member.settled for member in awaited), default=0)
+        for rank, (push, _) in list(self._held.items()):
+            if self._pushes and consistency.mode != "sync":
+                return
+            if consistency.mode == "ssp" and push.step - slowest > consistency.staleness:
+                continue
+            if not self._pushes:
+                self.opened_at = now
+            self._pushes[rank] = push
+            del self._held[rank]
+
+    def is_complete(self, consistency: Consistency, awaited: Collection[Member], now: float) -> bool:
+        """True when the round is to be closed."""
+        if not self._pushes:
+            return False
+        if consistency.mode != "sync" or {member.rank for member in awaited} <= set(self._pushes):
+            return True
+        if not consistency.quorum or len(self._pushes) < consistency.quorum:
+            return False
+        self._quorum_at = min(self._quorum_at, now)
+        return now - self._quorum_at >= consistency.grace
+
+    def take(self) -> list[Push]:
+        """Close: return its pushes in rank order, and begin the next one."""
+        pushes = [self._pushes[rank] for rank in sorted(self._pushes)]
+        self._pushes, self._quorum_at = {}, math.inf
+        return pushes
+
+    def clear(self) -> None:
+        """Forget everything: the workers send it again."""
+        self._pushes, self._held, self._quorum_at = {}, {}, math.inf

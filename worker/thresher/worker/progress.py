@@ -1,0 +1,153 @@
+"""Where this worker is in the user's loop, so that a worker that was killed can go on there."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, final, runtime_checkable
+
+from thresher.protos.errors import ConfigurationError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What `Session.keep` takes: schedulers, averages, scalers, anything of this kind."""
+
+    def state_dict(self) -> Any:  # noqa: ANN401 - torch's own differ
+        """Return its state: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:  # noqa: ANN401
+        """Take over a state."""
+        ...
+
+
+@final
+class Progress:
+    """Counts steps, batches and passes, and what the user's loop has agreed on.
+
+    A killed worker goes on with the iteration whose push was kept last: it makes that one again, with the same batch
+    and the same randomness, so that the user's code behind ``optimizer.step()`` runs once. Hence everything here is
+    kept as it was when that iteration began.
+
+    Attributes:
+        step: Optimizer steps made.
+        batch: Batches taken since: gradients may be accumulated over several.
+        pass_step: The step at which the pass over the data began.
+        taken: Batches taken in this pass.
+        resumed: This worker was killed before.
+    """
+
+    def __init__(self) -> None:
+        """Begin at the first step."""
+        self.step = self.batch = self.pass_step = self.taken = 0
+        self._passes = 0  # begun
+        self._to_skip = 0  # passes that were over when this worker was killed
+        self._inside = False  # the pass that begins next was begun before this worker was killed
+        self._results: list[Mapping[str, float]] = []
+        self._asked = 0
+        self._kept: dict[str, Stateful] = {}
+        self._restored: Mapping[str, Any] = {}
+        self._began: dict[str, Any] = {}
+        self.resumed = False
+
+    # The loop
+
+    def passes(self, count: int) -> Iterator[int]:
+        """Yield the numbers of those of ``count`` passes that are not over yet."""
+        begin, self._to_skip = self._to_skip, 0
+        if begin or self._inside:
+            self._asked = len(self._results)
+        yield from range(begin, count)
+
+    def begin_pass(self) -> bool:
+        """Begin a pass over the data; False when it was over before this worker was killed."""
+        if self._to_skip:
+            self._to_skip -= 1
+            return False
+        if self._inside:
+            self._inside = False
+        else:
+            self._passes += 1
+            self.pass_step, self.taken = self.step, 0
+        return True
+
+    def begin_batch(self) -> None:
+        """Take the next batch; the first of a step begins an iteration."""
+        if self.batch == 0:
+            self._restore()
+            self._began = self._now()
+        self.batch += 1
+        self.taken += 1
+
+    def end_step(self) -> None:
+        """Count a step of the optimizer."""
+        self.step, self.batch = self.step + 1, 0
+
+    # What the user keeps
+
+    def keep(self, objects: Mapping[str, object]) -> None:
+        """Keep these, and give them back what was kept of them.
+
+        Raises:
+            ConfigurationError: when one has no state, or a name is taken.
+        """
+        for name, one in objects.items():
+            if not isinstance(one, Stateful):
+                raise ConfigurationError(f"{name} cannot be kept: {type(one).__name__} has no state_dict to load again")
+            if name in self._kept:
+                raise ConfigurationError(f"something is kept as {name} already; choose another name")
+            self._kept[name] = one
+            if name in self._restored:
+                one.load_state_dict(copy.deepcopy(self._restored[name]))
+
+    def _restore(self) -> None:
+        """Undo what the user's code did to kept objects on its way to the iteration that is made again."""
+        for name, state in self._restored.items():
+            if name in self._kept:
+                self._kept[name].load_state_dict(copy.deepcopy(state))
+        if self._restored or self._results:
+            self._asked = max(self._asked, len(self._results))
+        self._restored = {}
+
+    # Agreements
+
+    def repeated(self) -> Mapping[str, float] | None:
+        """Return what the loop agreed on at this place before this worker was killed; None when it had not."""
+        if self._asked == len(self._results):
+            return None
+        self._asked += 1
+        return self._results[self._asked - 1]
+
+    @property
+    def agreements(self) -> int:
+        """How many there have been."""
+        return len(self._results)
+
+    def agreed(self, result: Mapping[str, float]) -> None:
+        """Remember what was agreed."""
+        self._results.append(dict(result))
+        self._asked = len(self._results)
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Return what it was when this iteration began; as it is, where the loop does not take its batches here."""
+        return self._began if self.batch else self._now()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on with the iteration of a `state`."""
+        self.step, self.pass_step, self.taken = state["step"], state["pass_step"], state["taken"]
+        self._passes = state["passes"]
+        self._to_skip = max(0, self._passes - 1)
+        self._inside = self._passes > 0
+        self._results = list(state["results"])
+        self._restored, self.resumed = state["kept"], True
+
+    def _now(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "pass_step": self.pass_step,
+            "taken": self.taken,
+            "passes": self._passes,
+            "results": list(self._results),
+            "kept": {name: copy.deepcopy(one.state_dict()) for name, one in self._kept.items()},
+        }
