@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from thresher.protos.errors import ConfigurationError
+from thresher.protos.errors import ConfigurationError, DataLossError
 from thresher.worker import memory as module
-from thresher.worker.memory import DataLossError, Memory, MemoryFileError, State
+from thresher.worker.memory import Memory, MemoryFileError, State
 
 PAGE = 4096
 RUN = "run 7, worker 0, layout 5f3a, HardThreshold"

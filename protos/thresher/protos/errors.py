@@ -57,6 +57,10 @@ class DataLossError(ThresherError, RuntimeError):
     """Something that was kept is damaged or gone, and nothing here can replace it; the message says what, and where."""
 
 
+class JournalError(ThresherError, OSError):
+    """A journal's folder cannot be used, or something could not be written to it; what was written before is whole."""
+
+
 class AccessDeniedError(ThresherError, PermissionError):
     """A shard does not know the caller, or does not let it do this; the message says what to configure."""
 

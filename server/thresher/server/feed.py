@@ -6,7 +6,7 @@ from typing import final
 from thresher.protos.errors import DataLossError, LostHistoryError
 from thresher.protos.sealed import SealedUpdate, with_assignments
 from thresher.server.effects import Publish
-from thresher.server.events import History
+from thresher.server.events import History, Push
 from thresher.server.log import UpdateLog
 from thresher.server.members import Member, MemberState
 from thresher.server.state import RunState
@@ -106,6 +106,13 @@ class Feed:
             Publish(with_assignments(newest, state.shadow.since(told), version - told), tuple(ranks))
             for told, ranks in by_version.items()
         ]
+
+    def again(self, push: Push) -> list[Publish]:
+        """Return the mean of the newest round, where it is what a repeated push wanted: nothing else remembers it."""
+        newest = self._state.newest
+        if newest is None or not newest.sealed.update.only_mean or newest.sealed.update.version != push.step + 1:
+            return []
+        return [Publish(newest.sealed, (push.worker.rank,))]
 
     def cut(self) -> None:
         """Forget what all members are known to have."""

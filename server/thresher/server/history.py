@@ -12,21 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
-from thresher.protos.errors import FrameError, ThresherError
+from thresher.protos.errors import DataLossError, FrameError, JournalError
 from thresher.server.checkpoints import Checkpoint, read_checkpoint
 from thresher.server.records import Inspection, inspect_log
 
 FILE_NAME: Final = re.compile(
     r"(?P<kind>checkpoint|log)-(?P<generation>\d{6,})\.(safetensors|bin)(?P<damaged>\.damaged)?"
 )
-
-
-class JournalError(ThresherError, OSError):
-    """A journal's folder cannot be used, or something could not be written to it; what was written before is whole."""
-
-
-class DataLossError(ThresherError, RuntimeError):
-    """Files of a journal are damaged or missing in a way that no kill explains. Nothing on the disk was changed."""
 
 
 @final

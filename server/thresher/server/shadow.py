@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thresher.protos.errors import ConfigurationError, LayoutError, ProtocolError
+from thresher.protos.errors import BehindError, ConfigurationError, LayoutError, ProtocolError
 from thresher.protos.kernels import kernel
 from thresher.protos.sparse import SparseGradient
 
@@ -116,11 +116,12 @@ class Shadow:
         """Return all that was assigned after ``version``, each coordinate once, with its latest value.
 
         Raises:
-            ProtocolError: when ``version`` has not come yet, or what came after it is not kept any more.
+            ProtocolError: when ``version`` has not come yet.
+            BehindError: when what came after it is not kept any more.
         """
         self._check_come(version)
         if version < self._oldest:
-            raise ProtocolError(
+            raise BehindError(
                 f"assignments are kept from version {self._oldest} on, a worker at {version} needs a snapshot"
             )
         missed = [indices for at, indices in self._assigned if at > version]

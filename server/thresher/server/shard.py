@@ -17,7 +17,6 @@ from thresher.protos.errors import (
     ProtocolError,
     RoundFailedError,
 )
-from thresher.protos.layout import Slice
 from thresher.protos.sealed import sealed
 from thresher.protos.update import Membership
 from thresher.server import effects, events
@@ -36,6 +35,9 @@ from thresher.server.registration import check_registration
 from thresher.server.state import RunState
 from thresher.server.statistics import ShardStatistics
 from thresher.server.watch import Watch
+
+_Join = events.Register | events.Seed | events.Refill | events.Hello
+_Part = events.Push | events.Agree | events.Leave | events.Abort | events.Disconnect
 
 
 @final
@@ -91,7 +93,7 @@ class Shard:
             case _:
                 assert_never(event)
 
-    def _join(self, event: events.Register | events.Seed | events.Refill | events.Hello, now: float) -> list[Effect]:
+    def _join(self, event: _Join, now: float) -> list[Effect]:
         self._refuse_after_failure()
         match event:
             case events.Register():
@@ -103,9 +105,7 @@ class Shard:
             case events.Hello():
                 return self._hello(event, now)
 
-    def _take_part(
-        self, event: events.Push | events.Agree | events.Leave | events.Abort | events.Disconnect, now: float
-    ) -> list[Effect]:
+    def _take_part(self, event: _Part, now: float) -> list[Effect]:
         match event:
             case events.Push():
                 return self._push(event, now)
@@ -117,11 +117,6 @@ class Shard:
                 return self._abort(event)
             case events.Disconnect():
                 return self._disconnect(event, now)
-
-    @property
-    def slice(self) -> Slice:
-        """The slice this shard owns. Raises ProtocolError before the first registration."""
-        return self._state.slice
 
     def statistics(self) -> ShardStatistics:
         """Return a frozen picture of the shard."""
@@ -149,14 +144,7 @@ class Shard:
             raise AssertionError("; ".join(broken))
 
     def _phase(self) -> str:
-        members = self._state.members
-        if self._failure:
-            return "failed"
-        if not members.counted:
-            return "finished"
-        if any(member.state is MemberState.WAITED_FOR for member in members.counted):
-            return "waiting for workers"
-        return "training" if self._state.replica else "waiting for the seed"
+        return "failed" if self._failure else self._state.phase
 
     def _fold(self, record: Record) -> effects.Append:
         self._state.fold(record)
@@ -253,14 +241,14 @@ class Shard:
         refusal = judge(push, member, state, waiting, self._round.pushes.values())
         if refusal is not None:
             state.verdicts[refusal.verdict] += 1
-            again = self._newest_mean(push) if refusal.verdict is Verdict.DUPLICATE else []
+            again = self._feed.again(push) if refusal.verdict is Verdict.DUPLICATE else []
             return [refusal, *again]
         adopted = self._adopted(push.membership)
         reason = returned(push, member, state)
         if reason:
             record = self._fold(Returned(member.rank, push.step, push.content))
             return [*adopted, record, effects.Judged(push.step, Verdict.RETURNED, reason)]
-        member.version = push.version
+        member.version = max(member.version, push.version)
         self._round.hold(push, now)
         return [*adopted, *self._progress(now)]
 
@@ -269,13 +257,6 @@ class Shard:
         if membership is None or membership.epoch <= self._state.members.membership.epoch:
             return []
         return [self._fold(membership)]
-
-    def _newest_mean(self, push: Push) -> list[Effect]:
-        """A worker that was killed after a round for a mean asks for it again: nothing else remembers it."""
-        newest = self._state.newest
-        if newest is None or not newest.sealed.update.only_mean or newest.sealed.update.version != push.step + 1:
-            return []
-        return [effects.Publish(newest.sealed, (push.worker.rank,))]
 
     def _progress(self, now: float) -> list[Effect]:
         """Let waiting pushes in and close rounds, as far as that goes."""
@@ -409,7 +390,7 @@ class Shard:
     # State
 
     def _row(self, closed: Closed) -> IterationRow:
-        return row_of(closed, self._config.shard, self.slice.numel, self._state.spec)
+        return row_of(closed, self._config.shard, self._state.slice.numel, self._state.spec)
 
     def _checkpoint(self, *, wait: bool) -> list[Effect]:
         if self._state.replica is None:

@@ -93,6 +93,16 @@ class RunState:
         return Consistency() if self.opened is None else self.opened.registration.consistency
 
     @property
+    def phase(self) -> str:
+        """What the run is doing, for people."""
+        members = self.members.counted
+        if not members:
+            return "finished"
+        if any(member.state is MemberState.WAITED_FOR for member in members):
+            return "waiting for workers"
+        return "training" if self.replica else "waiting for the seed"
+
+    @property
     def agreed(self) -> int:
         """How many agreements there have been."""
         return max(self.agreements, default=-1) + 1

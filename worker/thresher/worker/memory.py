@@ -36,7 +36,7 @@ from typing import Any, Final, TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from thresher.protos.errors import ConfigurationError, ThresherError
+from thresher.protos.errors import ConfigurationError, DataLossError, ThresherError
 
 State = dict[str, Any]
 """Dicts (keys: str, int), lists and tuples of tensors, bytes, str, int, float, bool, None: what a state_dict holds."""
@@ -54,10 +54,6 @@ _CRC: Final = struct.Struct("<I")
 _LENGTH: Final = struct.Struct("<Q")
 _FLOAT: Final = struct.Struct("<d")
 _DTYPES: Final = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
-
-class DataLossError(ThresherError, RuntimeError):
-    """Neither half of a memory is whole: the gradient that its worker had not sent is lost."""
 
 
 class MemoryFileError(ThresherError, RuntimeError):
