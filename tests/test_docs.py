@@ -223,6 +223,7 @@ def script_options() -> set[str]:
 @each_page
 def test_every_environment_variable_exists(page: Path) -> None:
     environment = set(Settings(("a:1",), 0, 1, metrics_listen="a:2").environment())
+    environment |= {"THRESHER_TOKEN_FILE", "THRESHER_FAULTS"}  # not all of them are set at a time
     environment |= {f"THRESHER_{field.name.upper()}" for field in fields(Method)}  # not all of them are set at a time
     environment |= {str(param.envvar) for params in parameters().values() for param in params if param.envvar}
     found = set(re.findall(r"\bTHRESHER_[A-Z_]+\b", page.read_text(encoding="utf-8")))
@@ -273,7 +274,7 @@ def scraped() -> tuple[dict[str, tuple[str, frozenset[str]]], dict[str, tuple[st
     with in_process(shards=1, workers=1, method=Method(threshold=0.1)) as cluster:
         (worker,) = cluster.run(work)
         (server,) = cluster.statistics()
-        shard = ShardMetrics(lambda: server)
+        shard = ShardMetrics(lambda: server, lambda: 0)
         if server.last_row is not None:
             shard.observe(server.last_row)
         build = {"thresher_build_info": ("gauge", frozenset({"version"}))}

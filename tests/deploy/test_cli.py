@@ -12,8 +12,20 @@ from thresher.deploy.cli import app
 
 runner = CliRunner()
 
+KEPT_NOTHING = json.dumps(
+    {
+        "command": [__file__],
+        "shards": 1,
+        "workers": 1,
+        "method": {"threshold": 0.0},
+        "consistency": {},
+        "threshold_factors": [],
+        "durability": "none",
+    }
+)
 
-@pytest.mark.parametrize("command", [[], ["launch"], ["serve"]])
+
+@pytest.mark.parametrize("command", [[], ["launch"], ["serve"], ["replay"], ["certs"]])
 def test_help_says_what_there_is(command: list[str]) -> None:
     """Every command explains itself."""
     told = runner.invoke(app, [*command, "--help"])
@@ -42,6 +54,15 @@ def test_an_unknown_option_is_bad_usage() -> None:
         (("--density", "0.1", "--threshold-factors", "fast"), "threshold factors are numbers"),
         ((), "exactly one of threshold, density, budget and precision"),
         (("--density", "0.1", "--shards", "0"), "at least one shard"),
+        (("--density", "0.1", "nowhere.py"), "there is no script 'nowhere.py'"),
+        (("--density", "0.1", "--mode", "chaos"), "is not one of"),
+        (("--density", "0.1", "--mode", "async", "--quorum", "2"), "a quorum belongs to mode sync"),
+        (("--density", "0.1", "--staleness", "2"), "staleness belongs to mode ssp"),
+        (("--density", "0.1", "--grace", "2"), "a grace needs a quorum"),
+        (("--density", "0.1", "--shadow-threshold", "0.1"), "needs downlink 'shadow'"),
+        (("--density", "0.1", "--durability", "much"), "is not one of"),
+        (("--density", "0.1", "--restarts", "-1"), "must not be negative"),
+        (("--resume", "nowhere"), "leave out the script beside --resume"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_bad_usage(
@@ -59,10 +80,23 @@ def test_a_launch_that_makes_no_sense_is_bad_usage(
 
 @pytest.mark.parametrize(
     "options",
-    [["--shard", "2", "--shards", "2"], ["--workers", "0"], ["--listen", "nowhere"], ["--round-timeout", "nan"]],
+    [
+        ["--shard", "2", "--shards", "2"],
+        ["--workers", "0"],
+        ["--listen", "nowhere"],
+        ["--round-timeout", "nan"],
+        ["--durability", "disk"],
+        ["--durability", "process"],
+        ["--durability", "none", "--state-dir", "state"],
+        ["--checkpoint-every", "-1"],
+        ["--state-dir", "state", "--checkpoints", "0"],
+    ],
 )
-def test_a_shard_that_makes_no_sense_is_bad_usage(options: list[str]) -> None:
+def test_a_shard_that_makes_no_sense_is_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
     """Exit code 2 before anything is served."""
+    monkeypatch.chdir(tmp_path)
     assert runner.invoke(app, ["serve", *options]).exit_code == 2
 
 
@@ -98,3 +132,25 @@ def test_a_shard_ends_well_on_sigterm_while_its_standard_input_is_open() -> None
     assert served.wait(timeout=30) == 0
     _, err = served.communicate()
     assert "Fatal" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "no folder of a run"), (KEPT_NOTHING, "nothing is left to go on with")]
+)
+def test_what_cannot_be_resumed_is_bad_usage(tmp_path: Path, text: str | None, message: str) -> None:
+    """No run's folder, or one that kept nothing: exit code 2, and nothing is started."""
+    if text is not None:
+        (tmp_path / "launch.json").write_text(text, encoding="utf-8")
+    told = runner.invoke(app, ["launch", "--resume", str(tmp_path)])
+    assert told.exit_code == 2
+    assert message in " ".join(told.output.split())
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    """A name that is taken, or that of the link to the newest run: exit code 2, and what is there stays as it was."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "result.json").touch()
+    for name, message in (("mine", "exists already"), ("latest", "cannot be called 'latest'")):
+        told = runner.invoke(app, ["launch", "--density", "0.1", "--runs", str(tmp_path), "--name", name, __file__])
+        assert (told.exit_code, message in " ".join(told.output.split())) == (2, True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "result.json"]

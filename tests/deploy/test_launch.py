@@ -1,42 +1,46 @@
-"""The parts of the launcher that need no processes; tests/integration/test_launch.py has the rest."""
+"""The parts of the launcher that need no processes; tests/integration/test_launch*.py have the rest."""
 
-import os
-import signal
+import fcntl
+import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from thresher.deploy.launch import LaunchConfig, StopRequestedError, StopSignals
+from thresher.deploy.display import Picture
+from thresher.deploy.launch import launch, state_of
+from thresher.deploy.launch_config import LaunchConfig
+from thresher.deploy.results import RunResult, write_results
+from thresher.deploy.stop_signals import StopSignals
 from thresher.protos.errors import ConfigurationError
 from thresher.worker import Method
 
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_raised_by_the_next_pause_and_nowhere_else(number: signal.Signals) -> None:
-    """A signal that strikes where every error is swallowed is not lost: the next pause raises it."""
-    with StopSignals() as stop:
-        os.kill(os.getpid(), number)
-        with pytest.raises(StopRequestedError, match=number.name) as caught:
-            stop.pause(0.0)
-    assert caught.value.number == number
+CONFIG = LaunchConfig((__file__,), 1, 1, Method(threshold=0.0))
 
 
-def test_signals_are_given_back() -> None:
-    """After the block the handlers are those from before."""
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
+def unseen(picture: Picture) -> None:
+    raise AssertionError("something was started")
 
 
-@pytest.mark.parametrize(("shards", "workers"), [(0, 1), (1, 0)])
-def test_a_run_needs_a_shard_and_a_worker(shards: int, workers: int) -> None:
-    """None of either: refused before anything is started."""
-    with pytest.raises(ConfigurationError, match="at least one shard and one worker"):
-        LaunchConfig((__file__,), shards, workers, Method(threshold=0.0))
+def test_a_finished_run_starts_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its results are returned, and it is said that it is finished."""
+    one = RunResult(0.5, 1.0, 10, 1, 2, 3, 0.1, 1.0, 2.0)
+    write_results(tmp_path / "result.json", {"sparse": one}, workers=1)
+    with caplog.at_level(logging.INFO):
+        assert launch(CONFIG, tmp_path, unseen, StopSignals()) == {"sparse": one}
+    assert f"{tmp_path} is finished" in caplog.text
+    assert asdict(LaunchConfig.read(tmp_path / "launch.json")) == asdict(CONFIG)
 
 
-def test_a_run_needs_its_script(tmp_path: Path) -> None:
-    """A script that is not there: refused, with its name."""
-    with pytest.raises(ConfigurationError, match=r"nowhere\.py"):
-        LaunchConfig((str(tmp_path / "nowhere.py"),), 1, 1, Method(threshold=0.0))
+def test_two_launchers_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
+    """The second one is refused before it starts anything."""
+    CONFIG.write(tmp_path / "launch.json")
+    with (tmp_path / "launch.json").open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        with pytest.raises(ConfigurationError, match="another launcher is at work"):
+            launch(CONFIG, tmp_path, unseen, StopSignals())
+
+
+def test_state_lies_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    """Where `thresher replay` looks for it."""
+    assert state_of(tmp_path, 3) == tmp_path / "state" / "shard-3"

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
-from thresher.deploy.processes import Child, end_all
+import pytest
+
+from thresher.deploy.processes import Child, ReservedPort, end_all, kill_all, printed_data
 
 
 def child(tmp_path: Path, code: str) -> Child:
@@ -78,3 +81,37 @@ def test_a_stray_grandchild_that_holds_the_pipe_is_not_waited_for(tmp_path: Path
     assert it.code == 0
     os.kill(int(it.log.read_text(encoding="utf-8")), signal.SIGKILL)
     it.finish()
+
+
+def test_another_life_adds_to_the_log(tmp_path: Path) -> None:
+    """What earlier lives have printed stays, and can be read back."""
+    child(tmp_path, "print('{\"a\": 1}')").finish()
+    it = child(tmp_path, "print('{no'); print('{\"b\": 2}')")
+    it.finish()
+    assert it.log.read_text(encoding="utf-8") == '{"a": 1}\n{no\n{"b": 2}\n'
+    assert printed_data(it.log) == {"a": 1, "b": 2}
+    assert printed_data(tmp_path / "no.log") == {}
+
+
+def test_all_are_killed_whatever_they_wish(tmp_path: Path) -> None:
+    """No SIGTERM, no patience."""
+    it = child(
+        tmp_path, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x'); time.sleep(99)"
+    )
+    wait_for(tmp_path, "x")
+    kill_all([it])
+    assert it.ending() == "signal SIGKILL"
+
+
+def test_a_reserved_port_is_for_servers_only() -> None:
+    """A server may listen, end, and listen again; who asks for any port, or for this one to call from, gets none."""
+    port = ReservedPort()
+    host, number = port.address.split(":")
+    for _ in range(2):
+        with socket.create_server((host, int(number))):
+            pass
+    with socket.socket() as caller, pytest.raises(OSError, match="in use"):
+        caller.bind((host, int(number)))
+    port.close()
+    with socket.socket() as caller:
+        caller.bind((host, int(number)))

@@ -1,6 +1,7 @@
 """What a run leaves behind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from thresher.deploy.in_process import in_process
-from thresher.deploy.results import bytes_text, merge_iterations, model_tensors, save_optimizer, summarize
-from thresher.protos.errors import ProtocolError
+from thresher.deploy.results import (
+    bytes_text,
+    merge_iterations,
+    read_results,
+    save_model,
+    save_optimizer,
+    summarize,
+    write_results,
+)
+from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Session
-from thresher.worker.client import ShardClient, Snapshot
+from thresher.worker.calls import ShardCalls
+from thresher.worker.snapshot import Snapshot
 
 
 def statistics_of(shards: int, workers: int, numel: int, steps: int, density: float) -> list[pb.StatisticsResponse]:
@@ -112,7 +122,7 @@ def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, 
 
     with in_process(shards=shards, workers=1, method=Method(threshold=0.0)) as cluster:
         cluster.run(work)
-        clients = [ShardClient(index, address, 0, 0) for index, address in enumerate(cluster.addresses)]
+        clients = [ShardCalls(index, address, "the test") for index, address in enumerate(cluster.addresses)]
         found = [client.snapshot(wait_seconds=5.0) for client in clients]
         for client in clients:
             client.close()
@@ -120,10 +130,11 @@ def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, 
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_saved_model_is_the_model(shards: int) -> None:
+def test_a_saved_model_is_the_model(tmp_path: Path, shards: int) -> None:
     """Every name of state_dict(), tied ones and buffers too, with the type and the bits that rank 0 has at the end."""
     found, state, _ = snapshots_after(5, shards)
-    saved = model_tensors(found)
+    save_model(tmp_path / "model.safetensors", found)
+    saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == state.keys()
     for name, value in state.items():
         assert saved[name].dtype == value.dtype
@@ -144,9 +155,34 @@ def test_a_saved_optimizer_is_the_optimizer(tmp_path: Path) -> None:
         assert torch.equal(saved[f"low/{key}"], shown[0][key].float())
 
 
-def test_a_model_at_two_versions_is_refused() -> None:
+def test_a_model_at_two_versions_is_refused(tmp_path: Path) -> None:
     """Shards that are not at one version make no model."""
     found, _, _ = snapshots_after(1, 1)
-    later = Snapshot(found[0].version + 1, found[0].layout, found[0].optimizer, found[0].state, {})
+    later = pb.History(version=found[0].version + 1)
     with pytest.raises(ProtocolError, match="versions"):
-        model_tensors([found[0], later])
+        save_model(tmp_path / "model.safetensors", [found[0], replace(found[0], history=later)])
+
+
+def test_the_model_of_a_run_with_a_shadow_is_the_shadow(tmp_path: Path) -> None:
+    """What workers copy is the model, not the parameters that it follows."""
+    (one,), _, _ = snapshots_after(1, 1)
+    save_model(tmp_path / "model.safetensors", [replace(one, shadow=torch.full_like(one.visible, 7.0))])
+    assert load_file(tmp_path / "model.safetensors")["embed.weight"].eq(7.0).all()
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    """What was written is read, run by run, whatever else the file says; no file holds none."""
+    path = tmp_path / "result.json"
+    assert read_results(path) == {}
+    one = summarize(statistics_of(1, 1, 10, 1, 1.0), {"accuracy": 0.5}, 1.0)
+    write_results(path, {"sparse": one}, workers=2)
+    assert read_results(path) == {"sparse": one}
+
+
+@pytest.mark.parametrize("text", ["{", '{"sparse": {"accuracy": 1}}', "[]"])
+def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
+    """It is named, and nothing is made of it."""
+    path = tmp_path / "result.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"result\.json holds no results"):
+        read_results(path)

@@ -21,10 +21,12 @@ from thresher.protos.credentials import NO_CREDENTIALS, Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.transport import MESSAGE_BYTES, channel
 from thresher.server.authorization import LEAST_ROLES, Role
-from thresher.server.server import ServerConfig, ShardServer
 from thresher.server.config import ShardConfig
+from thresher.server.server import ServerConfig, ShardServer
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
+from thresher.worker import Method, Settings
+from thresher.worker.settings import settings_from
 
 CODE = grpc.StatusCode
 ALONE = ServerConfig(ShardConfig(shard=0, shards=1, workers=1))
@@ -204,6 +206,21 @@ def test_a_caller_with_tls_does_not_fall_back_to_plain_text(vault: Vault) -> Non
         assert refused(address, Credentials(vault.tls("worker-0")))[0] == everything(CODE.UNAVAILABLE)
 
     serving(ALONE, use)
+
+
+@pytest.mark.parametrize("names", [(), ("ca",), ("token",), ("ca", "pair"), ("ca", "pair", "token")])
+def test_a_worker_finds_its_credentials_in_the_environment(vault: Vault, names: tuple[str, ...]) -> None:
+    """Paths only: settings_from(s.environment()) == s, and no secret is in a variable."""
+    pair = vault.pairs["worker-0"] if "pair" in names else (None, None)
+    tls = TlsFiles(vault.ca, *pair) if "ca" in names else None
+    credentials = Credentials(tls, vault.token("worker") if "token" in names else None)
+    settings = Settings(("127.0.0.1:1",), 0, 1, method=Method(threshold=0.0), credentials=credentials)
+    environment = settings.environment()
+    assert settings_from(environment) == settings
+    assert not set(vault.secrets) & set(environment.values())
+    assert sum(name.startswith(("THRESHER_TLS", "THRESHER_TOKEN")) for name in environment) == len(names) + (
+        "pair" in names
+    )
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

@@ -3,13 +3,28 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thresher.deploy.certificates import write_certificates
+from thresher.protos.credentials import Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
-from thresher.protos.transport import CHANNEL_OPTIONS, FORK_VARIABLE, SERVER_OPTIONS, check_address
+from thresher.protos.messages import CHUNK_BYTES, REGISTRATION_BYTES
+from thresher.protos.transport import (
+    CHANNEL_OPTIONS,
+    FORK_VARIABLE,
+    MESSAGE_BYTES,
+    SERVER_OPTIONS,
+    channel,
+    check_address,
+)
 
 LOOPBACK = ["127.0.0.1:1", "127.8.9.10:65535", "localhost:50051", "[::1]:50051", "127.0.0.1:0"]
 REMOTE = ["10.0.0.7:50051", "0.0.0.0:50051", "shard-0.example.org:50051", "[::]:50051", "[2001:db8::1]:50051"]
@@ -25,10 +40,11 @@ def test_loopback_needs_no_permission(address: str) -> None:
 
 @pytest.mark.parametrize("address", REMOTE)
 def test_a_network_must_be_asked_for(address: str) -> None:
-    """Plain text beyond this machine is refused until it is typed; the message says how."""
-    with pytest.raises(ConfigurationError, match="--insecure"):
+    """Plain text beyond this machine is refused until it is typed; the message says how, and what to do instead."""
+    with pytest.raises(ConfigurationError, match=r"--tls-cert.*THRESHER_TLS_CA.*thresher certs.*--insecure"):
         check_address(address, insecure=False)
     check_address(address, insecure=True)
+    check_address(address, insecure=False, encrypted=True)
 
 
 @pytest.mark.parametrize("address", NONSENSE)
@@ -54,6 +70,54 @@ def test_a_server_allows_the_pings_that_workers_send() -> None:
     workers, server = dict(CHANNEL_OPTIONS), dict(SERVER_OPTIONS)
     assert server["grpc.http2.min_recv_ping_interval_without_data_ms"] < workers["grpc.keepalive_time_ms"]
     assert server["grpc.keepalive_permit_without_calls"] == workers["grpc.keepalive_permit_without_calls"] == 1
+
+
+def test_what_a_peer_may_cost_is_bounded() -> None:
+    """No bound is left to gRPC's default, and the largest message that is right fits."""
+    server = dict(SERVER_OPTIONS)
+    assert server["grpc.max_receive_message_length"] == MESSAGE_BYTES >= REGISTRATION_BYTES + CHUNK_BYTES
+    assert dict(CHANNEL_OPTIONS)["grpc.max_receive_message_length"] == MESSAGE_BYTES
+    bounds = ["max_concurrent_streams", "max_metadata_size", "absolute_max_metadata_size", "http2.max_ping_strikes"]
+    assert all(server[f"grpc.{name}"] > 0 for name in bounds)
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "unary_unary": lambda method: method(b"a", metadata=[("other", "kept")], timeout=20),
+    "unary_stream": lambda method: list(method(b"a", metadata=[("other", "kept")], timeout=20)),
+    "stream_unary": lambda method: method(iter([b"a"]), metadata=[("other", "kept")], timeout=20),
+    "stream_stream": lambda method: list(method(iter([b"a"]), metadata=[("other", "kept")], timeout=20)),
+}
+
+
+@pytest.mark.parametrize("with_token", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_token_goes_with_every_kind_of_call(tmp_path: Path, kind: str, tls: bool, with_token: bool) -> None:
+    """Over TLS and on loopback, once, beside what the caller says itself; without a token there is no header."""
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 2, encoding="ascii")
+    heard: list[list[tuple[str, str]]] = []
+
+    def answer(request: Any, context: Any) -> Any:
+        heard.append([item for item in context.invocation_metadata() if item[0] in {"authorization", "other"}])
+        return b"b" if kind.endswith("_unary") else iter([b"b"])
+
+    method = getattr(grpc, f"{kind}_rpc_method_handler")(answer)
+    server = grpc.server(ThreadPoolExecutor(1), [grpc.method_handlers_generic_handler("test.Test", {"Call": method})])
+    if tls:
+        files = write_certificates(tmp_path)
+        pem, key = (path.read_bytes() for path in files["shard"])
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, pem)]))
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    credentials = Credentials(TlsFiles(tmp_path / "ca.pem") if tls else None, token if with_token else None)
+    with channel(f"127.0.0.1:{port}", credentials) as opened:
+        KINDS[kind](getattr(opened, kind)("/test.Test/Call"))
+    server.stop(None).wait()
+    shown = [("authorization", f"Bearer {'0123456789abcdef' * 2}")] if with_token else []
+    assert heard == [[("other", "kept"), *shown]]
 
 
 @pytest.mark.parametrize(

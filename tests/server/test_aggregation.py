@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from thresher.protos.optimizers import OptimizerSpec, Override
+from thresher.protos.sealed import sealed
 from thresher.protos.sparse import SparseGradient
-from thresher.server.aggregation import learning_rate_of, row_of, update_of
+from thresher.protos.update import Membership, Update
+from thresher.server.aggregation import closed_round, learning_rate_of, row_of, update_of
 from thresher.server.events import Push, Worker
 
 
@@ -18,25 +20,29 @@ def push(rank: int, gradient: SparseGradient | None, presence: tuple[bool, ...] 
 ONES = SparseGradient.dense(torch.ones(4))
 
 
+def combined(pushes: list[Push], members: int, threshold: float | None = None) -> Update:
+    return update_of(pushes, members, 4, threshold, None, in_lockstep=True)
+
+
 def test_presence_is_the_union_of_those_that_were_heard() -> None:
     """A tensor is stepped when one contributor has a gradient for it; who skips says nothing about it."""
     pushes = [push(0, ONES, (False, True)), push(1, ONES, (False, True)), push(2, None, (True, True))]
-    update = update_of(pushes, 3, 4, None)
+    update = combined(pushes, 3)
     assert update.presence == (False, True)
     assert update.contributors == (0, 1)
-    assert update_of([*pushes[:2], push(2, ONES, (True, False))], 3, 4, None).presence == (True, True)
+    assert combined([*pushes[:2], push(2, ONES, (True, False))], 3).presence == (True, True)
 
 
 def test_a_skipped_push_counts_in_the_divisor_with_weight_zero() -> None:
     """Arrival counts, the gradient does not: one of two workers skipping halves the step."""
-    update = update_of([push(0, ONES), push(1, None)], 2, 4, None)
+    update = combined([push(0, ONES), push(1, None)], 2)
     assert update.mean is not None
     assert update.mean.densify().tolist() == [0.5] * 4
 
 
 def test_when_all_skip_there_is_no_mean() -> None:
     """The version moves, the model does not, and no tensor counts as absent."""
-    update = update_of([push(0, None, (False, False)), push(1, None, (False, True))], 2, 4, 0.5)
+    update = combined([push(0, None, (False, False)), push(1, None, (False, True))], 2, 0.5)
     assert update.mean is None
     assert (update.version, update.contributors, update.presence) == (4, (), (True, True))
     assert update.next_threshold == 0.5
@@ -44,18 +50,20 @@ def test_when_all_skip_there_is_no_mean() -> None:
 
 def test_the_first_proposed_threshold_is_taken_else_the_old_one_stays() -> None:
     """Rank 0 proposes; a round in which it says nothing keeps what is in force."""
-    assert update_of([replace(push(0, ONES), next_threshold=0.25), push(1, ONES)], 2, 4, 0.5).next_threshold == 0.25
-    assert update_of([push(0, ONES), push(1, ONES)], 2, 4, 0.5).next_threshold == 0.5
+    assert combined([replace(push(0, ONES), next_threshold=0.25), push(1, ONES)], 2, 0.5).next_threshold == 0.25
+    assert combined([push(0, ONES), push(1, ONES)], 2, 0.5).next_threshold == 0.5
 
 
 def test_a_row_sums_the_round() -> None:
     """Elements and bytes are sums, densities fractions of members times slice, the residual a mean."""
     pushes = [push(0, SparseGradient(torch.tensor([1]), torch.tensor([1.0]), 4)), push(1, ONES), push(2, None)]
-    update = update_of(pushes, 3, 4, 0.5)
-    row = row_of(update, pushes, shard=1, numel=4, threshold=0.25, learning_rate=0.1, round_seconds=1.5)
+    update = combined(pushes, 3, 0.5)
+    closed = closed_round(sealed(update, b""), pushes, threshold=0.25, version=5, round_seconds=1.5)
+    row = row_of(replace(closed, deliveries=((0, 30), (2, 12))), 1, 4, OptimizerSpec("SGD", ({"lr": 0.1},)))
     assert (row.shard, row.version, row.members, row.contributors, row.skipped) == (1, 4, 3, (0, 1), False)
     assert (row.pushed_elements, row.push_density, row.push_bytes) == (5, 5 / 12, 60)
     assert (row.update_elements, row.update_density) == (4, 1.0)
+    assert (row.pull_bytes, row.staleness) == (42, 2)
     assert (row.residual_squared, row.threshold, row.learning_rate, row.round_seconds) == (2.0, 0.25, 0.1, 1.5)
 
 
@@ -72,3 +80,27 @@ def test_the_learning_rate_is_the_first_groups(overrides: tuple[Override, ...], 
 def test_an_optimizer_without_a_rate_has_none() -> None:
     """Finished updates carry their rate inside."""
     assert learning_rate_of(OptimizerSpec("Subtract", ({},)), ()) is None
+
+
+def test_out_of_lockstep_the_update_says_who_arrived() -> None:
+    """Heard or skipped, with its step: a worker finds its push in it."""
+    pushes = [push(0, ONES), replace(push(2, None), step=1)]
+    membership = Membership(3, (0, 2))
+    update = update_of(pushes, 3, 4, None, membership, in_lockstep=False)
+    assert (update.arrivals, update.contributors, update.membership) == (((0, 3), (2, 1)), (0,), membership)
+    assert combined(pushes, 3).arrivals == ()
+
+
+def test_more_pushes_than_members_divide_by_the_pushes() -> None:
+    """Who is being let in counts already, and the update says by how much was divided."""
+    update = combined([push(0, ONES), push(1, ONES), push(2, None)], 1)
+    assert update.mean is not None
+    assert (update.members, update.mean.values.tolist()) == (3, [pytest.approx(2 / 3)] * 4)
+
+
+def test_the_newest_push_says_what_is_in_force() -> None:
+    """Who is late has the schedule of its step, and a stand-in for a lost push has none."""
+    rate = (Override(0, "lr", 0.5),)
+    late, newest = push(0, ONES), replace(push(1, ONES), version=5, overrides=rate)
+    stand_in = replace(push(2, None), version=9, lost=True)
+    assert combined([late, newest, stand_in], 3).overrides == rate

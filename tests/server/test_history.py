@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.server.history import DataLossError, JournalError, generations_of, read_history
+from thresher.protos.errors import DataLossError, JournalError
+from thresher.server.history import generations_of, read_history
 from thresher.server.journal import Journal
 
 

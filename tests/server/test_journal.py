@@ -4,8 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.server.small_disk import fill, mounted
 
-from thresher.protos.errors import ConfigurationError, ProtocolError
+from thresher.protos.errors import ConfigurationError, DataLossError, JournalError, ProtocolError
 from thresher.server import journal as module
 from thresher.server.checkpoints import UNFINISHED, Checkpoint, write_checkpoint
-from thresher.server.journal import DataLossError, Journal, JournalError, read_history
+from thresher.server.journal import Journal, read_history
 
 
 def opened(folder: Path, keep: int = 3, *, sync: bool = False) -> Journal:
@@ -68,18 +68,6 @@ def filled(folder: Path, *, keep: int = 3) -> Path:
             if generation < 2:
                 take(journal, 10 * generation + 10)
     return folder
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """Put a small file system of its own at ``folder``; the test is skipped where that is not allowed."""
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
-    if mount.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {mount.stderr.decode()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 actions = st.lists(st.sampled_from(["append", "append", "append", "checkpoint", "reopen", "tear", "lose"]), max_size=25)
@@ -169,6 +157,7 @@ def test_no_kill_loses_a_record_that_was_appended(tmp_path: Path) -> None:
     """Fifteen lives of one journal, each killed while it appends and writes checkpoints; its lock dies with it."""
     run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    assert len(generations(tmp_path, "safetensors")) <= 3  # one more than kept, when a kill came before the removal
     with closing(Journal(tmp_path, keep=2)) as journal:
         found = journal.recover()
         behind = 0 if found.checkpoint is None else int(found.checkpoint.table)
@@ -176,7 +165,7 @@ def test_no_kill_loses_a_record_that_was_appended(tmp_path: Path) -> None:
     assert records == list(range(behind, behind + len(records)))
     assert behind + len(records) >= int(run.stdout) > 0
     assert not (tmp_path / UNFINISHED).exists()
-    assert len(generations(tmp_path, "safetensors")) <= 3  # one more than kept, when a kill came before the removal
+    assert len(generations(tmp_path, "safetensors")) <= 2
 
 
 def test_a_new_folder_is_empty_and_an_old_one_is_not(tmp_path: Path) -> None:
@@ -288,6 +277,19 @@ def test_what_a_kill_left_unfinished_is_removed(tmp_path: Path) -> None:
     assert not unfinished.exists()
 
 
+def test_kills_before_a_removal_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Life after life ends between a checkpoint and the removal of what it replaces: each recovery catches up."""
+    for life in range(1, 6):
+        with monkeypatch.context() as patch, closing(opened(tmp_path, keep=2)) as journal:
+            patch.setattr(journal, "_prune", lambda: None)
+            append(journal, range(life - 1, life))
+            take(journal, life)
+        assert len(generations(tmp_path, "safetensors")) <= 3
+        assert recovered(tmp_path, keep=2) == (list(range(life)), ())
+        assert generations(tmp_path, "safetensors") == list(range(max(1, life - 1), life + 1))
+    assert generations(tmp_path, "bin") == [4, 5]
+
+
 def test_a_checkpoint_is_written_while_records_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new log begins at once; whoever asks for the next checkpoint meanwhile waits for this one."""
     go_on = threading.Event()
@@ -337,12 +339,6 @@ def test_a_full_disk_pauses_and_loses_nothing(tmp_path: Path) -> None:
             journal.wait()
         assert recovered(tmp_path) == (list(range(26)), ())
         assert generations(tmp_path, "safetensors") == [2]
-
-
-def fill(path: Path) -> None:
-    """Write until the disk is full."""
-    with suppress(OSError):
-        path.write_bytes(bytes(2**20))
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

@@ -1,72 +1,106 @@
 """Who belongs to the run: every refusal names the rank, and where a member stands can be told in a sentence."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.server.dialogues import register
 
-from thresher.protos.errors import ProtocolError, RegistrationError
-from thresher.protos.layout import Layout, TensorSpec
-from thresher.protos.optimizers import OptimizerSpec
+from thresher.protos.errors import FencedError, ProtocolError, RegistrationError
+from thresher.protos.update import Membership
 from thresher.server.events import Register, Worker
-from thresher.server.members import Members, MemberState
+from thresher.server.members import Member, Members, MemberState
+
+LEASE = 5.0
 
 
-def request(rank: int, incarnation: int = 1, workers: int = 3, origin: str = "host:1") -> Register:
-    layout = Layout((TensorSpec("w", (3,), "float32"),))
-    return Register(Worker(rank, incarnation), workers, 0, 1, layout, OptimizerSpec("SGD", ({"lr": 1.0},)), "m", origin)
+def admitted(rank: int = 1, *lives: int, workers: int = 3) -> Members:
+    members = Members(workers)
+    for life in lives or (1,):
+        members.admit(Worker(rank, life), f"host:{life}", "")
+    return members
 
 
-@given(st.lists(st.sampled_from(list(MemberState)), min_size=1, max_size=6))
-def test_present_are_all_that_have_not_left_by_rank(states: list[MemberState]) -> None:
-    """The divisor counts who is lost or not yet here: the mean's scale depends on leaves only."""
-    members = Members(len(states))
-    for member, state in zip(members.all, states, strict=True):
-        member.state = state
-    assert [member.rank for member in members.present] == [i for i, s in enumerate(states) if s is not MemberState.LEFT]
-    assert members.complete == (not {MemberState.WAITED_FOR, MemberState.REGISTERED} & set(states))
-
-
-def test_a_registration_is_recorded_once() -> None:
-    """The first one counts; the same again changes nothing, not even its origin."""
+@given(st.lists(st.tuples(st.sampled_from(list(MemberState)), st.sampled_from([0.0, 6.0, math.inf])), max_size=6))
+def test_wanted_are_all_that_are_here_or_within_their_lease(seats: list[tuple[MemberState, float]]) -> None:
+    """The epoch grows exactly where that changes who belongs to the run; who is absent is not awaited."""
     members = Members(3)
-    members.admit(request(1))
-    members.admit(request(1, origin="elsewhere"))
-    member = members.known(Worker(1, 1))
-    assert (member.state, member.origin) == (MemberState.REGISTERED, "host:1")
+    for rank, (state, lost_at) in enumerate(seats):
+        member = members.seat(rank)
+        member.state, member.lost_at = state, math.inf if state is MemberState.EXCHANGING else lost_at
+    before, now = members.membership, 6.0
+    gone = {rank for rank, (state, at) in enumerate(seats) if state is not MemberState.EXCHANGING and now - at >= LEASE}
+    here = {rank for rank, (state, _) in enumerate(seats) if state is MemberState.EXCHANGING}
+    wanted = members.wanted(now, LEASE)
+    assert set(wanted.ranks) == ({0, 1, 2} - gone) | here
+    assert wanted.epoch == (wanted.ranks != before.ranks)
+    assert members.membership == before
+    assert {member.rank for member in members.awaited(now, LEASE)} == {0, 1, 2} - gone
 
 
-def test_two_workers_with_one_rank() -> None:
-    """The second is refused; the message names the rank, who has it, and what to do."""
-    members = Members(3)
-    members.admit(request(1, incarnation=1, origin="alpha:10"))
-    with pytest.raises(RegistrationError) as caught:
-        members.admit(request(1, incarnation=2, origin="beta:20"))
-    assert "rank 1 is taken by worker 1 (alpha:10), which is registered" in str(caught.value)
-    assert "give beta:20 another" in str(caught.value)
+def test_who_has_left_is_not_taken_back_by_a_membership_that_had_not_heard_of_it() -> None:
+    """Until another life of it comes."""
+    members = admitted(1)
+    members.seat(1).state = MemberState.LEFT
+    members.dismiss(1)
+    assert members.membership == Membership(0, (0, 2))
+    members.adopt(Membership(4, (0, 1, 2)))
+    assert members.membership == Membership(4, (0, 2))
+    members.admit(Worker(1, 2), "", "")
+    members.adopt(Membership(5, (0, 1, 2)))
+    assert [member.rank for member in members.counted] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", [request(0, workers=2), request(3), request(7, workers=3)])
+def test_a_run_is_complete_once_every_member_has_come() -> None:
+    """Who was here and is lost, or comes back under another life, has come."""
+    members = Members(2)
+    assert not members.complete
+    members.seat(0).state = MemberState.EXCHANGING
+    members.admit(Worker(1, 1), "", "")
+    assert not members.complete
+    members.seat(1).lost_at = 3.0
+    assert members.complete
+
+
+@pytest.mark.parametrize("wrong", [register(0, workers=2), register(2, workers=4)])
 def test_a_wrong_number_of_workers_is_refused(wrong: Register) -> None:
-    """A shard and a worker that were started with different numbers never meet in a round."""
-    with pytest.raises(RegistrationError, match=r"of \d asks to join a run of 3 workers \(ranks 0 to 2\)"):
-        Members(3).admit(wrong)
+    """Of those the run began with; a shard and a worker that were started with different numbers never meet."""
+    with pytest.raises(RegistrationError, match=r"of \d asks to join a run that began with 3 workers"):
+        Members(3).check_admission(wrong)
 
 
-@pytest.mark.parametrize("worker", [Worker(0, 1), Worker(1, 0), Worker(1, 2), Worker(9, 1)])
+def test_a_further_rank_may_join() -> None:
+    """The run grows, whatever number of workers the newcomer was told."""
+    Members(3).check_admission(register(7, workers=8))
+
+
+@pytest.mark.parametrize("worker", [Worker(0, 1), Worker(1, 0), Worker(1, 2), Worker(9, 1), Worker(0, 0)])
 def test_a_stranger_is_not_known(worker: Worker) -> None:
-    """Neither a rank that never came, nor another life of one that did, nor a rank that does not exist."""
-    members = Members(3)
-    members.admit(request(1, incarnation=1))
+    """Neither a rank that never came, also by the default incarnation, nor a life that was never let in."""
     with pytest.raises(ProtocolError, match=f"worker {worker.rank} is not registered under this incarnation"):
-        members.known(worker)
+        admitted(1, 1).known(worker)
 
 
-def test_a_rank_that_never_came_is_not_known_by_the_incarnation_zero() -> None:
-    """Nobody is let in by guessing the default."""
-    with pytest.raises(ProtocolError):
-        Members(1).known(Worker(0, 0))
+def test_an_earlier_life_is_fenced() -> None:
+    """The message names the rank, who has it, and what to do; it is not let in again either."""
+    members = admitted(1, 1, 2)
+    assert members.known(Worker(1, 2)).origin == "host:2"
+    for refused in (lambda: members.known(Worker(1, 1)), lambda: members.check_admission(register(1, workers=3))):
+        with pytest.raises(
+            FencedError, match=r"worker 1 was replaced by worker 1 \(host:2\): .* Give this one another"
+        ):
+            refused()
+    members.check_admission(replace(register(1, workers=3), worker=Worker(1, 2)))
+
+
+def test_a_rank_remembers_the_last_of_its_lives() -> None:
+    """Their number is bounded; one that is forgotten is a stranger."""
+    members = admitted(1, *range(1, 20))
+    assert members.seat(1).retired == list(range(3, 19))
+    with pytest.raises(ProtocolError, match="is not registered"):
+        members.known(Worker(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +114,5 @@ def test_a_rank_that_never_came_is_not_known_by_the_incarnation_zero() -> None:
 )
 def test_whereabouts_say_why_a_round_waits(state: MemberState, said: str) -> None:
     """One sentence for each state that a round can wait for."""
-    members = Members(2)
-    members.admit(replace(request(1), workers=2))
-    member = members.all[1]
-    member.state, member.lost_at, member.steps = state, 3.0, 4
+    member = Member(1, state=state, origin="host:1", lost_at=3.0, steps=4)
     assert member.whereabouts(now=10.0) == said

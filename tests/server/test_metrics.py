@@ -15,7 +15,7 @@ ROW = IterationRow(
     shard=1, numel=1000, version=3, members=2, contributors=(0, 1), skipped=False, only_mean=False,
     push_bytes=900, pull_bytes=800, pushed_elements=30, push_density=0.015, update_elements=20,
     update_density=0.02, residual_squared=6.25,
-    threshold=0.5, learning_rate=0.1, round_seconds=0.02,
+    threshold=0.5, learning_rate=0.1, round_seconds=0.02, staleness=3,
 )  # fmt: skip
 MEMBERS = (
     MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 3000, 0.015, "a:1", ""),
@@ -62,6 +62,7 @@ def test_a_scrape_agrees_with_the_statistics() -> None:
         "push_density": 0.015,
         "update_density": 0.02,
         "residual_norm": 2.5,
+        "staleness": 3,
     }
     assert {name: found[f"thresher_{name}", SHARD] for name in expected} == expected
 
@@ -79,10 +80,11 @@ def test_a_histogram_counts_each_round_once() -> None:
     """Sums and counts are those of the rows that were observed."""
     metrics = ShardMetrics(lambda: NOW)
     metrics.observe(ROW)
-    metrics.observe(replace(ROW, update_density=0.5, round_seconds=2.0))
+    metrics.observe(replace(ROW, update_density=0.5, round_seconds=2.0, staleness=0))
     found = scrape(metrics)
     for name, total in (
-        ("push_density_distribution", 0.03), ("update_density_distribution", 0.52), ("round_seconds", 2.02)
+        ("push_density_distribution", 0.03), ("update_density_distribution", 0.52), ("round_seconds", 2.02),
+        ("staleness_distribution", 3),
     ):  # fmt: skip
         assert found[f"thresher_{name}_count", SHARD] == 2
         assert math.isclose(found[f"thresher_{name}_sum", SHARD], total)
@@ -96,8 +98,23 @@ def test_before_the_first_round_there_are_no_last_values() -> None:
     found = scrape(ShardMetrics(lambda: fresh))
     assert found["thresher_iterations_total", SHARD] == 0
     names = {name for name, _ in found}
-    absent = {"push_density", "update_density", "residual_norm", "threshold", "last_iteration_timestamp_seconds"}
+    absent = {
+        "push_density",
+        "update_density",
+        "residual_norm",
+        "staleness",
+        "threshold",
+        "last_iteration_timestamp_seconds",
+    }
     assert not {f"thresher_{name}" for name in absent} & names
+
+
+def test_a_journal_has_a_size_where_there_is_one() -> None:
+    """It is read at the scrape; a shard that keeps nothing on the disk does not claim zero bytes."""
+    sizes = iter([10, 20])
+    metrics = ShardMetrics(lambda: NOW, lambda: next(sizes))
+    assert [scrape(metrics)["thresher_journal_bytes", SHARD] for _ in range(2)] == [10, 20]
+    assert ("thresher_journal_bytes", SHARD) not in scrape(ShardMetrics(lambda: NOW))
 
 
 def test_each_shard_has_a_registry_of_its_own() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from thresher.protos.consistency import Consistency
 from thresher.protos.errors import LayoutError, OptimizerError, RegistrationError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import SUPPORTED, Hyperparameters, OptimizerSpec, spec_of
@@ -57,6 +58,13 @@ def test_another_optimizer_or_method_is_refused_with_both(other: Register) -> No
     for one in (other, FIRST):
         assert one.method in str(caught.value)
         assert str(list(one.optimizer.groups)) in str(caught.value)
+
+
+def test_another_consistency_is_refused_with_both() -> None:
+    """A worker that expects lockstep must not train with one that expects none."""
+    other = replace(FIRST, worker=Worker(1, 1), consistency=Consistency("ssp", staleness=4))
+    with pytest.raises(RegistrationError, match=r"worker 1 wants ssp, staleness 4; worker 0 registered sync; use"):
+        check_registration(other, FIRST, 0, 2)
 
 
 def test_a_tensor_of_a_group_that_does_not_exist_is_refused() -> None:

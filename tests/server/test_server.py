@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import urllib.request
 from collections.abc import AsyncIterator
@@ -15,17 +16,19 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from tests.server.small_disk import fill, mounted
 
 from thresher.protos.codec import encode
+from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.layout import Layout, TensorSpec
-from thresher.protos.messages import layout_to_message, optimizer_to_message
+from thresher.protos.messages import consistency_to_message, layout_to_message, optimizer_to_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
+from thresher.server.config import ShardConfig
 from thresher.server.server import SERVICE, ServerConfig, ShardServer
-from thresher.server.shard import ShardConfig
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
 
@@ -53,7 +56,7 @@ async def train(channel: grpc.aio.Channel, steps: int) -> Any:
         pb.RegisterRequest(
             workers=1, incarnation=1, shards=1, layout=layout_to_message(LAYOUT),
             fingerprint=LAYOUT.fingerprint,
-            optimizer=optimizer_to_message(optimizer), method="m",
+            optimizer=optimizer_to_message(optimizer), method="m", consistency=consistency_to_message(Consistency()),
         )
     )  # fmt: skip
     seed = pack_state({PARAMETERS: torch.zeros(4)}, {})
@@ -157,15 +160,49 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         asyncio.run(ShardServer(config).start())
 
 
+def test_a_file_of_something_else_is_refused_and_its_folder_is_free_again(tmp_path: Path) -> None:
+    """A run that goes on does not cut what is no per-iteration file; then nothing is left open or locked."""
+    config = replace(ALONE, iterations=tmp_path / "rows.jsonl", state_dir=tmp_path / "state")
+
+    async def scenario() -> None:
+        async with serving(config) as (_, channel):
+            await train(channel, 2)
+        (tmp_path / "rows.jsonl").write_text("a diary\n", encoding="utf-8")
+        with pytest.raises(ConfigurationError, match=r"rows.jsonl has a line that is no row"):
+            await ShardServer(config).start()
+        (tmp_path / "rows.jsonl").unlink()
+        async with serving(config) as (server, _):
+            assert server.statistics().version == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_stays_full_under_the_rows_does_not_keep_a_shard_from_ending(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What could not be written is told once more at the end, and everything else is closed."""
+
+    async def scenario() -> None:
+        async with serving(replace(ALONE, iterations=tmp_path / "rows.jsonl")) as (server, channel):
+            fill(tmp_path / "ballast")
+            await train(channel, 40)
+            assert server.statistics().version == 40
+
+    with mounted(tmp_path, "size=64k"), caplog.at_level(logging.ERROR):
+        asyncio.run(scenario())
+    assert "the row of version 40 could not be recorded" in caplog.text
+    assert "rows.jsonl are lost: [Errno 28] No space left on device" in caplog.text
+
+
 def test_rows_metrics_and_statistics_agree(tmp_path: Path) -> None:
     """After some rounds the file, the scrape and the counters tell the same bytes, elements and rounds."""
     path = tmp_path / "rows.jsonl"
-    config = replace(ALONE, metrics_listen="127.0.0.1:0", iterations=path)
+    config = replace(ALONE, metrics_listen="127.0.0.1:0", iterations=path, state_dir=tmp_path / "state")
 
     async def scenario() -> tuple[str, ShardServer]:
         async with serving(config) as (server, channel):
             call = await train(channel, 5)
-            await call.write(pb.ExchangeRequest(leave=pb.Leave(step=5)))
+            await call.write(pb.ExchangeRequest(leave=pb.Leave()))
             assert (await call.read()).left.version == 5
             url = f"http://{server.metrics_address}/metrics"
             text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
@@ -182,4 +219,6 @@ def test_rows_metrics_and_statistics_agree(tmp_path: Path) -> None:
     assert samples["thresher_pull_bytes_total"] == member.pull_bytes == sum(row["pull_bytes"] for row in rows)
     assert samples["thresher_pushed_elements_total"] == member.pushed_elements == 5
     assert samples["thresher_total_error_total"] == sum(row["residual_squared"] for row in rows) == 1.25
-    assert samples["thresher_push_density_distribution_count"] == 5
+    assert samples["thresher_push_density_distribution_count"] == samples["thresher_staleness_distribution_count"] == 5
+    assert samples["thresher_staleness"] == 0
+    assert samples["thresher_journal_bytes"] > 0

@@ -1,167 +1,170 @@
-"""One shard as a worker sees it: every wait ends, and every error names the shard and its address."""
+"""A conversation with one shard outlives its connections: nothing is lost, nothing counts twice."""
 
-import socket
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
-import grpc
 import pytest
 import torch
+from tests.worker.conversing import LAYOUT, Proxy, registration, unused_address
+from tests.worker.training import Cluster, cluster
+from torch import Tensor, nn
 
 from thresher.deploy.in_process import in_process
-from thresher.protos.errors import (
-    ConnectionTimeoutError,
-    LayoutError,
-    ProtocolError,
-    RoundFailedError,
-    ThresherError,
-)
-from thresher.protos.layout import Layout, TensorSpec
-from thresher.protos.messages import layout_to_message, optimizer_to_message
-from thresher.protos.optimizers import OptimizerSpec
+from thresher.protos import faults
+from thresher.protos.errors import ConnectionTimeoutError, FencedError, ProtocolError, RoundFailedError
 from thresher.protos.snapshots import pack_state
 from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker import Session, connect
+from thresher.worker.calls import ShardCalls
 from thresher.worker.client import ShardClient
 
-LAYOUT = Layout((TensorSpec("a", (3,), "float32"),), (TensorSpec("mean", (2,), "float32"),))
-SGD = OptimizerSpec("SGD", ({"lr": 1.0, "weight_decay": 0.0},))
-INCARNATION = 7
+PIECE = LAYOUT.shard_slice(0, 1)
+STEPS = 8
 
 
-def registration(**changes: Any) -> pb.RegisterRequest:
-    fields: dict[str, Any] = {
-        "rank": 0,
-        "workers": 1,
-        "incarnation": INCARNATION,
-        "shard": 0,
-        "shards": 1,
-        "layout": layout_to_message(LAYOUT),
-        "fingerprint": LAYOUT.fingerprint,
-        "optimizer": optimizer_to_message(SGD),
-        "method": "everything",
-    }
-    return pb.RegisterRequest(**{**fields, **changes})
-
-
-def unused_address() -> str:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{reserved.getsockname()[1]}"
-
-
-def test_a_shard_that_is_not_there() -> None:
-    """The wait ends at its deadline, which may have passed already, and names shard, address and worker."""
-    address = unused_address()
-    client = ShardClient(3, address, rank=2, incarnation=1)
-    with pytest.raises(ConnectionTimeoutError, match=f"worker 2 could not reach shard 3 at {address}; start it"):
-        client.wait_ready(deadline=0.0)
-    client.close()
-
-
-@pytest.mark.parametrize("call", ["register", "snapshot", "statistics", "seed", "wait_update"])
-def test_a_lost_shard_is_named_by_every_call(call: str) -> None:
-    """Nothing of gRPC leaks out: each call raises one of ours, with shard and address."""
-    address = unused_address()
-    client = ShardClient(1, address, rank=0, incarnation=1)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "register": (registration(),),
-        "snapshot": (0.5,),
-        "statistics": (),
-        "seed": (b"values",),
-        "wait_update": (LAYOUT.shard_slice(0, 1),),
-    }
-    if call == "wait_update":
-        client.open(0)
-        client.push(pb.Push(), b"")
-    with pytest.raises(RoundFailedError, match=f"worker 0 has lost shard 1 at {address}"):
-        getattr(client, call)(*arguments[call])
-    client.close()
-
-
-def test_a_server_of_another_kind() -> None:
-    """What answers but does not speak our protocol is named as such."""
-    with ThreadPoolExecutor(1) as pool:
-        server = grpc.server(pool)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        server.start()
-        client = ShardClient(0, address, rank=0, incarnation=1)
-        with pytest.raises(ProtocolError, match=f"shard 0 at {address}: UNIMPLEMENTED"):
-            client.statistics()
+@contextmanager
+def talking(address: str, *, incarnation: int = 7, patience: float = 5.0) -> Iterator[ShardClient]:
+    """A conversation that has not begun."""
+    calls = ShardCalls(0, address, "worker 0")
+    client = ShardClient(calls, registration(incarnation=incarnation), 30.0, patience)
+    try:
+        yield client
+    finally:
         client.close()
-        server.stop(grace=None).wait()
-
-
-def test_registering_seeding_reading() -> None:
-    """The way into a run, one call after the other, and what a reader finds at its end."""
-    with in_process(shards=1, workers=1) as cluster:
-        client = ShardClient(0, cluster.addresses[0], 0, INCARNATION)
-        with pytest.raises(RoundFailedError, match="worker 0, which brings them, has not come"):
-            client.snapshot(wait_seconds=0.05)
-        assert not client.register(registration()).seeded
-        values = {"parameters": torch.arange(3.0)}
-        data = pack_state(values, {"mean": torch.ones(2)})
-        assert client.seed(data)
-        assert not client.seed(data), "a second seed is not taken"
-        assert client.register(registration()).seeded
-        before = client.setup_bytes
-        found = client.snapshot(wait_seconds=5.0)
-        assert (found.version, found.layout, found.optimizer) == (0, LAYOUT, SGD)
-        assert torch.equal(found.state["parameters"], values["parameters"])
-        assert torch.equal(found.untrained["mean"], torch.ones(2))
-        assert (before, client.setup_bytes > before) == (2 * len(data), True)
-        assert (client.push_bytes, client.pull_bytes) == (0, 0)
-        assert client.statistics().numel == 3
         client.close()
 
 
-def test_errors_of_the_shard_keep_their_kind() -> None:
-    """What the shard refuses arrives as the class it raised, with its message and the shard's name behind it."""
-    other = Layout((TensorSpec("a", (4,), "float32"),))
-    with in_process(shards=1, workers=2) as cluster:
-        address = cluster.addresses[0]
-        client = ShardClient(0, address, 0, INCARNATION)
-        client.register(registration(workers=2))
-        message = registration(workers=2, rank=1, layout=layout_to_message(other), fingerprint=other.fingerprint)
-        with pytest.raises(
-            LayoutError, match=rf"(?s)a float32 \[3\] is registered, here it is.*\[shard 0 at {address}\]"
-        ):
-            client.register(message)
-        client.close()
+def begin(client: ShardClient) -> None:
+    client.calls.register(client.registration)
+    client.calls.seed(0, client.registration.incarnation, pack_state({"parameters": torch.zeros(3)}, {}))
+    client.open(PIECE, pb.History())
 
 
 def test_a_push_that_is_rejected() -> None:
     """The verdict and its reason become the error of the step."""
-    with in_process(shards=1, workers=1) as cluster:
-        client = ShardClient(0, cluster.addresses[0], 0, INCARNATION)
-        client.register(registration())
-        client.seed(pack_state({"parameters": torch.zeros(3)}, {}))
-        client.open(0)
+    with in_process(shards=1, workers=1) as served, talking(served.addresses[0]) as client:
+        begin(client)
         client.push(pb.Push(step=5, version=5, skipped=True), b"")
         with pytest.raises(RoundFailedError, match=r"push 5 was REJECTED: .* round 0 is open"):
-            client.wait_update(LAYOUT.shard_slice(0, 1))
-        client.leave(0, b"")
-        client.close()
-        assert cluster.statistics()[0].state == "finished"
+            client.wait()
 
 
 def test_an_exchange_that_was_not_registered() -> None:
     """A stranger's hello ends the stream with an error, not with silence."""
-    with in_process(shards=1, workers=1) as cluster:
-        client = ShardClient(0, cluster.addresses[0], 0, INCARNATION)
-        client.open(0)
+    with in_process(shards=1, workers=1) as served, talking(served.addresses[0]) as client:
+        client.open(PIECE, pb.History())
         with pytest.raises(ProtocolError, match="register first"):
-            client.wait_update(LAYOUT.shard_slice(0, 1))
-        client.close()
+            client.wait()
 
 
-def test_closing_twice_and_unopened() -> None:
-    """Closing is always possible."""
-    client = ShardClient(0, unused_address(), 0, 1)
-    client.close()
-    client.close()
+def test_the_older_of_two_lives_is_fenced() -> None:
+    """Two processes with one rank: the newer one goes on, the older one is told which."""
+    with in_process(shards=1, workers=1) as served, talking(served.addresses[0]) as older:
+        begin(older)
+        with talking(served.addresses[0], incarnation=8) as newer:
+            begin(newer)
+            older.push(pb.Push(step=0, version=0, skipped=True), b"")
+            with pytest.raises(FencedError, match="worker 0"):
+                older.wait()
+            newer.push(pb.Push(step=0, version=0, skipped=True), b"")
+            newer.wait()
+            newer.leave(pb.Leave(), b"")
 
 
-def test_every_error_is_ours() -> None:
-    """One ``except`` catches all of the above."""
-    assert issubclass(ConnectionTimeoutError, ThresherError)
-    assert str(ShardClient(2, "127.0.0.1:7", 0, 1)) == "shard 2 at 127.0.0.1:7"
+def test_before_it_is_opened() -> None:
+    """Closing is always possible, twice too."""
+    with talking(unused_address()) as client:
+        assert str(client) == str(client.calls)
+        assert client.reconnects == 0
+
+
+def test_a_shard_that_does_not_come_back() -> None:
+    """The patience has an end, and the error says how long it was."""
+    proxy: Proxy
+    with in_process(shards=1, workers=1) as served:
+        proxy = Proxy(served.addresses[0])
+        with talking(proxy.address, patience=0.3) as client:
+            begin(client)
+            client.push(pb.Push(step=0, version=0, skipped=True), b"")
+            client.wait()
+            proxy.close()
+            with pytest.raises(ConnectionTimeoutError, match=r"lost shard 0 at .*, and not found it again in 0 s"):
+                client.wait()
+
+
+# Whole runs over connections that break
+
+
+def train(session: Session) -> Tensor:
+    """Some steps, with gradients that are a function of (rank, step), on a model of many packets."""
+    model = nn.Linear(3000, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    session.wrap(model, optimizer)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(100 * step + session.rank)
+        model.weight.grad = torch.randn(3, 3000, generator=generator)
+        optimizer.step()
+    session.close()
+    return model.weight.detach().clone()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Tensor:
+    with cluster(2, 2) as served:
+        return served.run(train)[0]
+
+
+@contextmanager
+def proxies(served: Cluster) -> Iterator[list[Proxy]]:
+    between = [Proxy(address) for address in served.settings.addresses]
+    try:
+        yield between
+    finally:
+        for proxy in between:
+            proxy.close()
+
+
+def behind(between: list[Proxy], session: Session) -> Session:
+    """Only rank 0's connections break."""
+    if session.rank:
+        return session
+    return connect(settings=replace(session._settings, addresses=tuple(proxy.address for proxy in between)))
+
+
+def applied(served: Cluster) -> list[list[int]]:
+    return [[member.steps for member in served.statistics(shard).members] for shard in range(2)]
+
+
+@pytest.mark.parametrize("upstream", [True, False], ids=["pushes", "updates"])
+def test_connections_reset_in_the_middle_of_a_frame(upstream: bool, undisturbed: Tensor) -> None:
+    """Wherever a connection breaks, all workers end with the same bits, and every push was applied once."""
+    steps = iter(range(STEPS))
+    with cluster(2, 2) as served, proxies(served) as between:
+
+        def strike(who: str, phase: str) -> None:
+            if (who, phase) == ("worker 0", "compress") and 0 < (step := next(steps)) < STEPS - 1:
+                between[step % 2].cut_after((0, 1, 900, 5000, 17000, 3)[step - 1], upstream=upstream)
+
+        with faults.plan(strike):
+            found = served.run(lambda session: train(behind(between, session)))
+        assert applied(served) == [[STEPS] * 2] * 2
+        assert sum(proxy.cuts for proxy in between) >= STEPS - 2
+    assert all(torch.equal(weight, undisturbed) for weight in found)
+
+
+def test_a_shard_that_cannot_be_found_for_a_while(undisturbed: Tensor) -> None:
+    """A worker looks for it as long as its patience lasts, and goes on as if nothing had been."""
+    pushes = iter(range(2 * STEPS))
+    with cluster(2, 2) as served, proxies(served) as between:
+
+        def strike(who: str, phase: str) -> None:
+            if (who, phase) == ("worker 0", "in flight") and next(pushes) in (3, 8):
+                between[0].hold(0.5)
+
+        with faults.plan(strike):
+            found = served.run(lambda session: train(behind(between, session)))
+        assert applied(served) == [[STEPS] * 2] * 2
+        assert between[0].cuts >= 2
+    assert all(torch.equal(weight, undisturbed) for weight in found)

@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from thresher.deploy.in_process import in_process
-from thresher.protos.errors import ConnectionTimeoutError, LayoutError, ProtocolError, RegistrationError
-from thresher.protos.layout import Layout, TensorSpec
+from thresher.protos.errors import ConnectionTimeoutError, LayoutError, RegistrationError
 from thresher.protos.optimizers import OptimizerSpec
-from thresher.protos.replica import Replica
+from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Settings, connect
-from thresher.worker.client import ShardClient
-from thresher.worker.joining import JoinedShard, _check_versions, _listed, join
+from thresher.worker.joining import _listed, join
 from thresher.worker.parameters import ModelParameters
 from thresher.worker.placement import GradientPlaced
 
@@ -39,12 +37,12 @@ def test_replicas_begin_as_the_model() -> None:
     parameters = model_parameters(model)
     with in_process(shards=3, workers=1) as cluster:
         joined = join(settings_of(cluster.addresses), parameters, SPEC, GradientPlaced(SPEC), "")
-        flat = torch.cat([shard.replica.parameters for shard in joined])
+        flat = torch.cat([shard.follower.parameters for shard in joined])
         assert torch.equal(flat, torch.cat([parameter.detach().view(-1) for parameter in model.parameters()]))
         assert [shard.slice for shard in joined] == list(parameters.layout.slices(3))
-        assert {shard.replica.version for shard in joined} == {0}
+        assert {shard.follower.version for shard in joined} == {0}
         for shard in joined:
-            shard.client.leave(0, b"")
+            shard.client.leave(pb.Leave(), b"")
             shard.client.close()
 
 
@@ -86,8 +84,8 @@ def test_the_largest_layout_that_is_not_refused_joins() -> None:
     parameters = many_tensors(3000)
     with in_process(shards=1, workers=1) as cluster:
         (joined,) = join(settings_of(cluster.addresses), parameters, SPEC, GradientPlaced(SPEC), "")
-        assert joined.replica.parameters.numel() == 303_000
-        joined.client.leave(0, b"")
+        assert joined.follower.parameters.numel() == 303_000
+        joined.client.leave(pb.Leave(), b"")
         joined.client.close()
 
 
@@ -101,22 +99,6 @@ def test_registration_tells_who_and_where() -> None:
             member = cluster.statistics()[0].members[0]
     assert member.origin.count(":") == 1
     assert member.metrics_address.startswith("127.0.0.1:")
-
-
-@pytest.mark.parametrize("versions", [(0, 1), (2, 2)])
-def test_a_run_that_has_begun_cannot_be_joined(versions: tuple[int, int]) -> None:
-    """Shards that are ahead, or of different versions, are all named with their version."""
-    layout = Layout((TensorSpec("a", (4,), "float32"),))
-    joined = [
-        JoinedShard(
-            ShardClient(shard, f"127.0.0.1:{shard + 1}", 0, 1),
-            piece,
-            Replica(piece, SPEC, {"parameters": torch.zeros(2)}, version),
-        )
-        for shard, (piece, version) in enumerate(zip(layout.slices(2), versions, strict=True))
-    ]
-    with pytest.raises(ProtocolError, match=f"shard 1 at 127.0.0.1:2 is at version {versions[1]}"):
-        _check_versions(joined)
 
 
 def test_long_lists_of_names_are_cut() -> None:

@@ -10,41 +10,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from thresher.deploy import bench
+from thresher.deploy import bench, options
 from thresher.protos.errors import ConfigurationError, ThresherError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
-
-
-class RuleChoice(StrEnum):
-    """What ``--rule`` takes."""
-
-    BUDGET = "budget"
-    CALIBRATED = "calibrated"
-    PAPER = "paper"
-
-
-class PlacementChoice(StrEnum):
-    """What ``--placement`` takes."""
-
-    GRADIENT = "gradient"
-    UPDATE = "update"
-
-
-class NonFiniteChoice(StrEnum):
-    """What ``--nonfinite`` takes."""
-
-    REFUSE = "refuse"
-    SKIP = "skip"
 
 
 @app.callback()
@@ -55,64 +32,109 @@ def thresher() -> None:
 
 @app.command(context_settings={"allow_interspersed_args": False})
 def launch(
-    script: Annotated[list[str], typer.Argument(help="The training script and its arguments.")],
-    shards: Annotated[int, typer.Option(envvar="THRESHER_SHARD_COUNT", help="Shard processes.")] = 1,
-    workers: Annotated[int, typer.Option(envvar="THRESHER_WORKERS", help="Worker processes.")] = 2,
-    compressor: Annotated[str, typer.Option(help="What is sent, such as 'TopK(0.01)'.")] = "HardThreshold",
-    threshold: Annotated[float | None, typer.Option(help="λ of the hard threshold, in gradient units.")] = None,
-    density: Annotated[float | None, typer.Option(help="Wanted mean density of the run; λ follows it.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Wanted bytes of the whole run, such as 500MB; λ follows it. Needs --steps.")
-    ] = None,
-    precision: Annotated[float | None, typer.Option(help="Wanted precision ε; λ = √(ε/parameters)/γ.")] = None,
-    rule: Annotated[RuleChoice, typer.Option(help="How λ follows from --density.")] = RuleChoice.BUDGET,
-    steps: Annotated[int | None, typer.Option(help="Rounds of the whole run, where known.")] = None,
-    threshold_factors: Annotated[
-        str | None, typer.Option(help="Factors on λ, one for each worker: 1,1,2 spares the last one's uplink.")
-    ] = None,
-    placement: Annotated[
-        PlacementChoice, typer.Option(help="Compress gradients, or what the worker's optimizer has moved.")
-    ] = PlacementChoice.GRADIENT,
-    period: Annotated[int, typer.Option(help="Local steps per round; more than 1 needs --placement update.")] = 1,
-    outer: Annotated[
-        str, typer.Option(help="Optimizer of the shards for what was moved, such as 'SGD(lr=0.7, momentum=0.9)'.")
-    ] = "",
-    nonfinite: Annotated[
-        NonFiniteChoice, typer.Option(help="NaN or infinity in a gradient: refuse the step, or skip it.")
-    ] = NonFiniteChoice.REFUSE,
-    seed: Annotated[int, typer.Option(envvar="THRESHER_SEED", help="Keys data order and randomness.")] = 0,
-    baseline: Annotated[bool, typer.Option(help="Run once more with everything sent, and compare.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder; script and time by default.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
-    round_timeout: Annotated[float, typer.Option(help="Seconds a round waits for a connected worker.")] = 600.0,
-    lease: Annotated[float, typer.Option(help="Seconds a round waits for a worker that was lost.")] = 5.0,
-    linger: Annotated[float, typer.Option(help="Seconds the shards stay up after the last worker.")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    context: typer.Context,
+    script: options.Script = None,
+    shards: options.Shards = 1,
+    workers: options.Workers = 2,
+    compressor: options.Compressor = "HardThreshold",
+    threshold: options.Threshold = None,
+    density: options.Density = None,
+    budget: options.Budget = None,
+    precision: options.Precision = None,
+    rule: options.Rule = "budget",
+    steps: options.Steps = None,
+    threshold_factors: options.Factors = None,
+    placement: options.Placement = "gradient",
+    period: options.Period = 1,
+    outer: options.Outer = "",
+    nonfinite: options.NonFinite = "refuse",
+    mode: options.Mode = "sync",
+    quorum: options.Quorum = 0,
+    grace: options.Grace = 0.0,
+    staleness: options.Staleness = 0,
+    max_staleness: options.MaxStaleness = 0,
+    downlink: options.Downlink = "updates",
+    shadow_threshold: options.ShadowThreshold = 0.0,
+    seed: options.Seed = 0,
+    durability: options.Durability = "process",
+    restarts: options.Restarts = 3,
+    restart_delay: options.RestartDelay = 1.0,
+    resume: options.Resume = None,
+    baseline: options.Baseline = False,
+    name: options.Name = None,
+    runs: options.Runs = Path("runs"),
+    round_timeout: options.RoundTimeout = 1800.0,
+    lease: options.Lease = 60.0,
+    linger: options.Linger = 0.0,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Train SCRIPT on shards and workers of this machine."""
+    """Train SCRIPT on shards and workers of this machine, or go on with a run by --resume."""
+    with _errors_told(Console(stderr=True)):
+        if resume is not None:
+            _resume(context, resume)
+            return
+        from thresher.deploy.launch_config import LaunchConfig
+        from thresher.deploy.results import read_bytes
+        from thresher.protos.consistency import Consistency
+        from thresher.worker.method import Method
+
+        method = Method(
+            compressor, threshold, density, None if budget is None else read_bytes(budget), precision, rule,
+            steps, placement, period, outer, nonfinite,
+        )  # fmt: skip
+        config = LaunchConfig(
+            tuple(script or ()), shards, workers, method,
+            Consistency(mode, quorum, grace, staleness, max_staleness, downlink, shadow_threshold),
+            str(Path.cwd()), seed, round_timeout, lease, linger, _factors(threshold_factors),
+            durability, restarts, restart_delay, baseline,
+        )  # fmt: skip
+        folder = _run_folder(runs, name or f"{Path(config.command[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        _launch(config, folder, as_json=as_json)
+
+
+def _resume(context: typer.Context, folder: Path) -> None:
+    from thresher.deploy.launch import CONFIG_FILE
+    from thresher.deploy.launch_config import LaunchConfig
+
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in options.OF_THE_LAUNCH
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    fixed = sorted(given.keys() - options.CHANGEABLE)
+    if fixed:
+        listed = ", ".join("the script" if name == "script" else f"--{name.replace('_', '-')}" for name in fixed)
+        raise ConfigurationError(
+            f"a run goes on as it began: leave out {listed} beside --resume, or begin another run with it"
+        )
+    config = LaunchConfig.read(folder / CONFIG_FILE)
+    if config.durability == "none":
+        raise ConfigurationError(f"{folder} was run with --durability none: nothing is left to go on with")
+    _launch(replace(config, **given), folder, as_json=context.params["as_json"])
+
+
+def _launch(config: "LaunchConfig", folder: Path, *, as_json: bool) -> None:  # type: ignore[name-defined]  # noqa: F821
     from thresher.deploy import launch as launching
     from thresher.deploy.display import Display
-    from thresher.deploy.results import read_bytes, results_table
-    from thresher.worker.method import Method
+    from thresher.deploy.results import results_table
+    from thresher.deploy.stop_signals import StopRequestedError, StopSignals
 
     out, err = Console(), Console(stderr=True)
-    with _errors_told(err), launching.StopSignals() as stop:
-        method = Method(
-            compressor, threshold, density, None if budget is None else read_bytes(budget), precision, rule.value,
-            steps, placement.value, period, outer, nonfinite.value,
-        )  # fmt: skip
-        config = launching.LaunchConfig(
-            tuple(script), shards, workers, method, seed, round_timeout, lease, linger, _factors(threshold_factors)
-        )
-        folder = _run_folder(runs, name or f"{Path(script[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        err.print(f"{shards} shards, {workers} workers, {method.describe()}: {folder}", highlight=False, soft_wrap=True)
-        with Display(err) as display:
-            results = launching.launch(config, folder, display.show, stop, baseline=baseline)
-        if as_json:
-            out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))
-        else:
-            out.print(results_table(results))
-        err.print(f"result, model, per-iteration file and logs: {folder}", highlight=False, soft_wrap=True)
+    what = f"{config.shards} shards, {config.workers} workers, {config.method.describe()}"
+    err.print(f"{what}, {config.consistency.describe()}: {folder}", highlight=False, soft_wrap=True)
+    try:
+        with StopSignals() as stop, Display(err) as display:
+            results = launching.launch(config, folder, display.show, stop)
+    except (launching.RunFailedError, StopRequestedError):
+        if config.durability != "none":
+            err.print(f"to go on where it was: thresher launch --resume {folder}", highlight=False, soft_wrap=True)
+        raise
+    if as_json:
+        out.print_json(json.dumps({key: asdict(result) for key, result in results.items()}))
+    else:
+        out.print(results_table(results))
+    err.print(f"result, model, per-iteration file and logs: {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -124,8 +146,12 @@ def serve(
     metrics: Annotated[str | None, typer.Option(help="host:port of the Prometheus endpoint.")] = None,
     iterations: Annotated[Path | None, typer.Option(help="Per-iteration file to write.")] = None,
     start_timeout: Annotated[float, typer.Option(help="Seconds the first round waits for workers to come.")] = 300.0,
-    round_timeout: Annotated[float, typer.Option(help="Seconds a round waits for a connected worker.")] = 600.0,
-    lease: Annotated[float, typer.Option(help="Seconds a round waits for a worker that was lost.")] = 5.0,
+    round_timeout: options.RoundTimeout = 1800.0,
+    lease: options.Lease = 60.0,
+    state_dir: options.StateDir = None,
+    durability: options.ShardDurability = None,
+    checkpoint_every: options.CheckpointEvery = 500,
+    checkpoints: options.Checkpoints = 3,
     log_cap: Annotated[int, typer.Option(help="Bytes of memory for updates that workers have not read.")] = 256 << 20,
     worker_labels: Annotated[bool, typer.Option(help="Give each worker a label in the metrics.")] = True,
     insecure: Annotated[
@@ -145,18 +171,20 @@ def serve(
 ) -> None:
     """Run one shard until SIGTERM. Prints its address as one JSON line when it serves."""
     from thresher.protos.credentials import TlsFiles
-    from thresher.server.server import ServerConfig
     from thresher.server.config import ShardConfig
+    from thresher.server.server import ServerConfig
 
     with _errors_told(Console(stderr=True)):
         if not 0 <= shard < shards or workers < 1:
             raise ConfigurationError(f"shard {shard} of {shards} for {workers} workers makes no sense")
+        _check_durability(state_dir, durability)
         config = ServerConfig(
             ShardConfig(
-                shard, shards, workers,
-                start_timeout=start_timeout, round_timeout=round_timeout, lease=lease, log_cap_bytes=log_cap,
+                shard, shards, workers, start_timeout=start_timeout, round_timeout=round_timeout, lease=lease,
+                log_cap_bytes=log_cap, checkpoint_every=checkpoint_every,
             ),
-            listen, metrics, iterations, insecure=insecure, per_worker_metrics=worker_labels,
+            listen, metrics, iterations, state_dir, durability == "disk", checkpoints,
+            insecure=insecure, per_worker_metrics=worker_labels,
             tls=TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None, tokens=tokens,
         )  # fmt: skip
         asyncio.run(_serve(config, until_stdin_closes=until_stdin_closes))
@@ -187,6 +215,38 @@ def certs(
     else:
         for name, (pem, key) in paths.items():
             typer.echo(f"{name:10} {pem} {key}")
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    version: Annotated[int | None, typer.Option(help="Number of updates in the model that is wanted.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the model goes; model-VERSION.safetensors in RUN by default.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Replay everything, and compare with every checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Make the model of an earlier version again from the log, or say which are kept."""
+    from thresher.deploy import replay as replaying
+
+    with _errors_told(Console(stderr=True)):
+        kept = replaying.Replay(run)
+        said: dict[str, Any] = {"kept": [list(span) for span in kept.spans]}
+        if verify:
+            said["verified"] = [asdict(one) for one in kept.verify()]
+        if version is not None:
+            path = output or run / f"model-{version}.safetensors"
+            kept.write(version, path)
+            said["model"] = str(path)
+        typer.echo(json.dumps(said) if as_json else replaying.report(said))
+
+
+def _check_durability(state_dir: Path | None, durability: str | None) -> None:
+    if state_dir is None and durability in ("process", "disk"):
+        raise ConfigurationError(f"--durability {durability} needs a folder for the state: name --state-dir")
+    if state_dir is not None and durability == "none":
+        raise ConfigurationError("--durability none keeps nothing in --state-dir; leave one of them out")
 
 
 async def _serve(config: "ServerConfig", *, until_stdin_closes: bool) -> None:  # type: ignore[name-defined]  # noqa: F821

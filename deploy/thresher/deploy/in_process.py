@@ -2,15 +2,18 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, final
 
-from thresher.protos.errors import RoundFailedError
-from thresher.server.server import ServerConfig, ShardServer
+from thresher.deploy.processes import ReservedPort
+from thresher.protos.consistency import Consistency
+from thresher.protos.errors import ProtocolError, RoundFailedError
 from thresher.server.config import ShardConfig
+from thresher.server.server import ServerConfig, ShardServer
 from thresher.server.statistics import ShardStatistics
 from thresher.worker import Method, Session, Settings, connect
 
@@ -27,10 +30,14 @@ class InProcess:
         addresses: ``host:port`` of each shard.
     """
 
-    def __init__(self, servers: list[ShardServer], settings: Settings) -> None:
-        """Wrap servers that run."""
-        self._servers = servers
+    def __init__(self, configs: list[ServerConfig], settings: Settings) -> None:
+        """Begin without shards; `start` starts them."""
+        self._configs = configs
         self._settings = settings
+        self._servers: dict[int, ShardServer] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="shards", daemon=True)
+        self._thread.start()
         self.addresses = settings.addresses
 
     def connect(self, rank: int, method: Method | None = None) -> Session:
@@ -60,17 +67,72 @@ class InProcess:
 
     def statistics(self) -> list[ShardStatistics]:
         """Return the counters of each shard."""
-        return [server.statistics() for server in self._servers]
+        return [self._servers[shard].statistics() for shard in range(len(self._configs))]
+
+    def start(self, shard: int) -> None:
+        """Start a shard, the first time or again, at the same address; it goes on with what is in its folder.
+
+        Raises:
+            ProtocolError: when it runs.
+            ThresherError: as `ShardServer` raises it.
+        """
+        if shard in self._servers:
+            raise ProtocolError(f"shard {shard} runs; kill it first")
+        server = ShardServer(self._configs[shard])
+        self._do(server.start())
+        self._servers[shard] = server
+
+    def kill(self, shard: int) -> None:
+        """End a shard as ``kill -9`` would: its connections break, nobody is told anything, no checkpoint is written.
+
+        What has been written stays written. A fault plan (`thresher.protos.faults.plan`) that strikes at a shard calls
+        this on the shard's own thread, and may `start` the shard again at once: what is left of the old life can
+        neither write nor speak.
+
+        Raises:
+            ProtocolError: when it does not run.
+        """
+        if shard not in self._servers:
+            raise ProtocolError(f"shard {shard} does not run")
+        server = self._servers.pop(shard)
+        self._do(server._server.stop(None))  # noqa: SLF001 - no server ends itself in this way
+        with suppress(RuntimeError):  # the thread of the shard cannot wait for itself
+            server._engine.stop()  # noqa: SLF001
+        self._do(server._close_outlets())  # noqa: SLF001
+
+    def close(self) -> None:
+        """Stop all shards that run."""
+        for shard in sorted(self._servers):
+            self._do(self._servers.pop(shard).stop(grace=0.5))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 @contextmanager
-def in_process(*, shards: int, workers: int, method: Method | None = None, **options: Any) -> Iterator[InProcess]:
+def in_process(
+    *,
+    shards: int,
+    workers: int,
+    method: Method | None = None,
+    consistency: Consistency | None = None,
+    state_dir: Path | None = None,
+    reconnect_timeout: float = 60.0,
+    **options: Any,
+) -> Iterator[InProcess]:
     """Serve ``shards`` shards for ``workers`` workers until the block ends.
 
     Args:
         shards: Number of shards.
         workers: Number of workers.
         method: What is sent; everything by default.
+        consistency: When rounds close; by default when all have pushed.
+        state_dir: Where shards and workers keep what must not be lost, in ``shard-N`` and ``workers``; by default they
+            keep it in memory only.
+        reconnect_timeout: Seconds for which workers look for a shard that was lost.
         options: Further fields of `ShardConfig`, such as ``round_timeout``.
 
     Examples:
@@ -86,21 +148,34 @@ def in_process(*, shards: int, workers: int, method: Method | None = None, **opt
         ...     cluster.run(work)
         [1, 1]
     """
-    configs = [ServerConfig(ShardConfig(index, shards, workers, **options)) for index in range(shards)]
-    servers = [ShardServer(config) for config in configs]
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="shards", daemon=True)
-    thread.start()
-    started: list[ShardServer] = []
-    try:
-        for server in servers:
-            asyncio.run_coroutine_threadsafe(server.start(), loop).result()
-            started.append(server)
-        addresses = tuple(server.address for server in servers)
-        yield InProcess(servers, Settings(addresses, 0, workers, method=method or Method(threshold=0.0)))
-    finally:
-        for server in started:
-            asyncio.run_coroutine_threadsafe(server.stop(grace=0.5), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    addresses: list[str] = []
+    with ExitStack() as held:
+        for _ in range(shards):
+            port = ReservedPort()
+            held.callback(port.close)
+            addresses.append(port.address)
+        settings = Settings(
+            tuple(addresses),
+            rank=0,
+            workers=workers,
+            method=method or Method(threshold=0.0),
+            consistency=consistency or Consistency(),
+            state_dir=None if state_dir is None else state_dir / "workers",
+            reconnect_timeout=reconnect_timeout,
+        )
+        cluster = InProcess(_configs(settings, state_dir, options), settings)
+        held.callback(cluster.close)
+        for shard in range(shards):
+            cluster.start(shard)
+        yield cluster
+
+
+def _configs(settings: Settings, state_dir: Path | None, options: dict[str, Any]) -> list[ServerConfig]:
+    return [
+        ServerConfig(
+            ShardConfig(shard, len(settings.addresses), settings.workers, **options),
+            listen=address,
+            state_dir=None if state_dir is None else state_dir / f"shard-{shard}",
+        )
+        for shard, address in enumerate(settings.addresses)
+    ]

@@ -1,146 +1,72 @@
 """``thresher launch``: shards and workers on this machine, watched until they are done, and nothing left behind."""
 
+import fcntl
 import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Final, Self, final
 
 from thresher.deploy.display import Picture
-from thresher.deploy.processes import Child, end_all
+from thresher.deploy.launch_config import PATIENCE_SECONDS, LaunchConfig
+from thresher.deploy.processes import Child, ReservedPort, end_all, kill_all, printed_data
 from thresher.deploy.results import (
     RunResult,
     merge_iterations,
+    read_results,
     save_model,
     save_optimizer,
     summarize,
     write_results,
 )
+from thresher.deploy.stop_signals import StopSignals
+from thresher.deploy.supervision import Supervised
+from thresher.deploy.tether import Tether
+from thresher.protos import faults
 from thresher.protos.errors import ConfigurationError, ThresherError
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker import Settings
-from thresher.worker.calls import ShardCalls
-from thresher.worker.method import Method
+from thresher.worker.calls import ShardCalls, ShardLostError
 
 _logger = logging.getLogger(__name__)
 
 Show = Callable[[Picture], None]
 """Takes a picture of the run, a few times a second."""
 
+CONFIG_FILE: Final = "launch.json"
+"""In the folder of a run: what it is."""
+
 _POLL_SECONDS: Final = 0.25
-_START_SECONDS: Final = 60.0
-_GOODBYE_SECONDS: Final = 10.0  # beyond the lease, for the others to say whom they missed
+_NOTICE_SECONDS: Final = 2.0
+_GOODBYE_SECONDS: Final = 10.0  # for the others to say what they saw
+_DRAIN_SECONDS: Final = 60.0  # for the last checkpoint; without it the next start has more to read, and nothing is lost
 
 
 class RunFailedError(ThresherError, RuntimeError):
     """A shard or a worker ended as it should not; the message names it and shows the end of its log."""
 
 
-class StopRequestedError(ThresherError, RuntimeError):
-    """The user or the system asked the launcher to stop."""
-
-    def __init__(self, number: int) -> None:
-        """Remember the signal's number."""
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-@final
-class StopSignals:
-    """Hears SIGINT and SIGTERM. The first is remembered and raised by the next `pause`; a second one ends at once.
-
-    Raising in the handler itself would strike anywhere, also where an exception is swallowed.
-    """
-
-    def __init__(self) -> None:
-        """Hear nothing yet: entering the block begins."""
-        self._number: int | None = None
-
-    def __enter__(self) -> Self:
-        """Begin to listen."""
-        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Listen no more."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def pause(self, seconds: float) -> None:
-        """Sleep. Raises StopRequestedError as soon as a signal has come."""
-        end = time.monotonic() + seconds
-        while self._number is None and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
-        if self._number is not None:
-            raise StopRequestedError(self._number)
-
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self._number is not None:
-            os._exit(128 + number)  # the shards see their standard input close, and end; the workers lose the shards
-        self._number = number
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class LaunchConfig:
-    """What to run.
-
-    Attributes:
-        command: The user's script and its arguments.
-        shards: Number of shard processes.
-        workers: Number of worker processes.
-        method: What is sent.
-        seed: Keys data order and randomness.
-        round_timeout: Seconds a round waits for a worker that is connected.
-        lease: Seconds a round waits for a worker whose connection broke.
-        linger: Seconds the shards stay up after the last worker has left, for a last scrape.
-        threshold_factors: Factors on the run's λ, one for each worker; none means 1 for all.
-    """
-
-    command: tuple[str, ...]
-    shards: int
-    workers: int
-    method: Method
-    seed: int = 0
-    round_timeout: float = 600.0
-    lease: float = 5.0
-    linger: float = 0.0
-    threshold_factors: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check before anything is started."""
-        if self.shards < 1 or self.workers < 1:
-            raise ConfigurationError(
-                f"a run needs at least one shard and one worker, not {self.shards}, {self.workers}"
-            )
-        if self.threshold_factors and len(self.threshold_factors) != self.workers:
-            raise ConfigurationError(
-                f"{len(self.threshold_factors)} threshold factors for {self.workers} workers; give each one, in the "
-                "order of their ranks"
-            )
-        if not self.command or not Path(self.command[0]).is_file():
-            raise ConfigurationError(f"there is no script {self.command[0] if self.command else ''!r}")
-
-
 @final
 class Launch:
-    """One run: all its processes, in one folder. Use as a context manager: at the end of the block all have ended."""
+    """One run: all its processes, in one folder. Use as a context manager: at the end of the block all have ended.
+
+    Where the folder holds the state of an earlier launch, the run goes on with that.
+    """
 
     def __init__(self, config: LaunchConfig, folder: Path, title: str, stop: StopSignals) -> None:
         """Prepare; entering the block starts the shards and the workers."""
         self._config = config
-        self._folder = folder
+        self._folder = folder.resolve()
         self._title = title
         self._stop = stop
-        self._children: list[Child] = []
-        self._shards: list[Child] = []
-        self._workers: list[Child] = []
+        self._ports: list[ReservedPort] = []
+        self._shards: list[Supervised] = []
+        self._workers: dict[int, Supervised] = {}  # those that had not left before
         self._clients: list[ShardCalls] = []
         self._statistics: list[pb.StatisticsResponse] = []
         self._passes: dict[int, tuple[int, int]] = {}
@@ -149,9 +75,12 @@ class Launch:
         """Start everything."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._begin = time.monotonic()
+        self._tether = Tether()
         try:
-            addresses = self._start_shards()
-            self._start_workers(addresses)
+            self._start_shards()
+            if (self._folder / "state").exists():  # from an earlier launch: the shards know who has left since
+                self._wait_for_shards()
+            self._start_workers()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -160,11 +89,14 @@ class Launch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End everything: workers first, so that none complains of a missing shard."""
-        end_all(self._workers)
+        """End everything: the workers at once, for what they keep is whole at any instant; then the shards drain."""
+        kill_all([worker.child for worker in self._workers.values()])
         for client in self._clients:
             client.close()
-        end_all(self._shards)
+        end_all([shard.child for shard in self._shards], patience=_DRAIN_SECONDS)
+        for port in self._ports:
+            port.close()
+        self._tether.__exit__()
 
     def watch(self, show: Show) -> RunResult:
         """Show the run until all workers are done; save the model; return what it came to.
@@ -172,88 +104,137 @@ class Launch:
         Raises:
             RunFailedError: when a process failed; the others have been given time to say what they saw.
         """
-        while any(worker.code is None for worker in self._workers):
+        while not self._is_saved():
             self._stop.pause(_POLL_SECONDS)
+            self._tend()
             self._poll()
             show(self._picture())
-            failed = self._failed()
-            if failed is not None:
-                raise self._failure(failed)
-        failed = self._failed()
-        if failed is not None:
-            raise self._failure(failed)
         seconds = time.monotonic() - self._begin
-        self._poll()
-        self._save()
         self._stop.pause(self._config.linger)
-        return summarize(self._statistics, self._workers[0].data, seconds)
+        return summarize(self._statistics, self._printed(0), seconds)
 
-    def _start_shards(self) -> list[str]:
-        for shard in range(self._config.shards):
-            self._shards.append(self._child(f"shard {shard}", self._serve_command(shard), {}))
-        deadline = time.monotonic() + _START_SECONDS
-        for child in self._shards:
-            while "address" not in child.data:
-                if child.code is not None or time.monotonic() > deadline:
-                    raise self._failure(child)
-                self._stop.pause(_POLL_SECONDS / 5)
-        addresses = [str(child.data["address"]) for child in self._shards]
-        self._clients = [ShardCalls(index, address, "the launcher") for index, address in enumerate(addresses)]
-        return addresses
+    # Processes
 
-    def _serve_command(self, shard: int) -> list[str]:
+    def _start_shards(self) -> None:
+        config = self._config
+        for shard in range(config.shards):
+            port = ReservedPort()
+            self._ports.append(port)
+            command = self._serve_command(shard, port.address)
+            name = f"shard {shard}"
+            start = partial(self._child, name, command, {})
+            supervised = Supervised(name, start, restarts=config.restarts, delay=config.restart_delay, may_end=False)
+            self._shards.append(supervised)
+            self._clients.append(ShardCalls(shard, port.address, "the launcher"))
+
+    def _wait_for_shards(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self._is_serving():
+            self._stop.pause(_POLL_SECONDS / 5)
+            self._tend()
+            if time.monotonic() > deadline:
+                raise self._failure(next(shard for shard in self._shards if "address" not in shard.child.data))
+        self._poll()
+
+    def _serve_command(self, shard: int, address: str) -> list[str]:
         config = self._config
         options = {
             "--shard": shard,
             "--shards": config.shards,
             "--workers": config.workers,
+            "--listen": address,
             "--round-timeout": config.round_timeout,
             "--lease": config.lease,
             "--iterations": self._folder / f"shard-{shard}.iterations.jsonl",
             "--metrics": "127.0.0.1:0",
         }
+        if config.durability != "none":
+            options |= {"--state-dir": state_of(self._folder, shard), "--durability": config.durability}
         flat = [str(part) for option in options.items() for part in option]
         return [sys.executable, "-m", "thresher.deploy", "serve", *flat, "--until-stdin-closes"]
 
-    def _start_workers(self, addresses: Sequence[str]) -> None:
-        factors = self._config.threshold_factors or (1.0,) * self._config.workers
-        for rank, factor in enumerate(factors):
-            settings = Settings(
-                tuple(addresses), rank, self._config.workers, self._config.seed, self._config.method,
-                connect_timeout=_START_SECONDS, metrics_listen="127.0.0.1:0", threshold_factor=factor,
-            )  # fmt: skip
-            command = [sys.executable, "-u", *self._config.command]
-            self._workers.append(self._child(f"worker {rank}", command, settings.environment()))
+    def _start_workers(self) -> None:
+        config = self._config
+        keeps = config.durability != "none"
+        state_dir = self._folder / "state" / "workers" if keeps else None
+        addresses = [port.address for port in self._ports]
+        for rank in range(config.workers):
+            if self._has_left(rank):  # in an earlier launch
+                continue
+            start = partial(self._worker, rank, config.settings(addresses, rank, state_dir).environment())
+            # Without a memory another life would begin the script anew, in the middle of the run.
+            restarts = config.restarts if keeps else 0
+            self._workers[rank] = Supervised(f"worker {rank}", start, restarts=restarts, delay=config.restart_delay)
+
+    def _worker(self, rank: int, variables: dict[str, str]) -> Child:
+        if rank in self._workers:
+            self._tether.let_go(self._workers[rank].child.pid)
+        child = self._child(f"worker {rank}", [sys.executable, "-u", *self._config.command], variables)
+        self._tether.hold(child.pid)
+        return child
 
     def _child(self, name: str, command: Sequence[str], variables: dict[str, str]) -> Child:
         # One thread each, as torchrun does: the processes share the cores, and results repeat bit for bit.
-        # No setting of this run may come from somewhere else.
-        outer = {key: value for key, value in os.environ.items() if not key.startswith("THRESHER_")}
+        # No setting of this run may come from somewhere else, but a plan of faults is meant for all of it.
+        outer = {
+            key: value for key, value in os.environ.items() if not key.startswith("THRESHER_") or key == faults.VARIABLE
+        }
         environment = {"OMP_NUM_THREADS": "1", **outer, "PYTHONUNBUFFERED": "1", **variables}
-        return Child(name, command, environment, self._folder / f"{name.replace(' ', '-')}.log")
+        data = printed_data(self._log(name)) if name.startswith("worker") else {}  # a shard says anew where it serves
+        return Child(name, command, environment, self._log(name), Path(self._config.directory), data)
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name.replace(' ', '-')}.log"
+
+    def _tend(self) -> None:
+        """Start again what was killed. Raises RunFailedError when there is something for which that cannot help."""
+        now = time.monotonic()
+        for shard in self._shards:
+            shard.tend(now, lambda: False)
+        for rank, worker in self._workers.items():
+            worker.tend(now, partial(self._has_left, rank))
+        failed = next((one for one in (*self._shards, *self._workers.values()) if one.has_failed), None)
+        if failed is not None:
+            raise self._failure(failed)
+
+    def _is_serving(self) -> bool:
+        return all("address" in shard.child.data and shard.child.code is None for shard in self._shards)
+
+    def _has_left(self, rank: int) -> bool:
+        """True when a worker has said goodbye to all shards: there is nothing left for it to do."""
+        self._poll()
+        seen = [shard.workers[rank].state for shard in self._statistics if rank < len(shard.workers)]
+        return len(seen) == self._config.shards and set(seen) == {"left"}
+
+    # Looking
 
     def _poll(self) -> None:
         """Ask every shard how it stands; one that does not answer is seen as it was."""
+        if not self._is_serving():
+            return
         fresh: list[pb.StatisticsResponse] = []
         for client in self._clients:
             try:
-                fresh.append(client.statistics(timeout=2.0))
+                fresh.append(client.statistics(timeout=_NOTICE_SECONDS))
             except ThresherError:
                 return
         self._statistics = fresh
         self._write_targets()
 
     def _picture(self) -> Picture:
-        for rank, worker in enumerate(self._workers):
-            epoch = worker.data.get("epoch")
+        printed = [self._printed(rank) for rank in range(self._config.workers)]
+        for rank, said in enumerate(printed):
+            epoch = said.get("epoch")
             if isinstance(epoch, int) and self._statistics and epoch != self._passes.get(rank, (None,))[0]:
                 self._passes[rank] = (epoch, self._statistics[0].workers[rank].steps)
-        printed = [worker.data for worker in self._workers]
         return Picture(self._title, self._statistics, printed, time.monotonic() - self._begin, self._passes)
+
+    def _printed(self, rank: int) -> dict[str, object]:
+        return self._workers[rank].child.data if rank in self._workers else printed_data(self._log(f"worker {rank}"))
 
     def _write_targets(self) -> None:
         """Tell Prometheus where the endpoints are (file_sd_configs)."""
-        shards = [str(child.data["metrics"]) for child in self._shards]
+        shards = [str(shard.child.data["metrics"]) for shard in self._shards]
         workers = [worker.metrics_address for worker in self._statistics[0].workers if worker.metrics_address]
         document = [
             {"targets": shards, "labels": {"job": "thresher-shard"}},
@@ -266,66 +247,100 @@ class Launch:
             beside.write_text(text, encoding="utf-8")
             beside.replace(path)
 
-    def _failed(self) -> Child | None:
-        """Return a child that ended as it should not, if there is one: a shard that ended at all, or a bad worker."""
-        ended_shards = [shard for shard in self._shards if shard.code is not None]
-        bad_workers = [worker for worker in self._workers if worker.code not in (None, 0)]
-        return next(iter(ended_shards + bad_workers), None)
+    # Ends
 
-    def _failure(self, failed: Child) -> RunFailedError:
+    def _failure(self, failed: Supervised) -> RunFailedError:
         """Wait for the others to end by themselves and say what they saw; then describe what happened."""
-        deadline = time.monotonic() + self._config.lease + _GOODBYE_SECONDS
-        while any(worker.code is None for worker in self._workers) and time.monotonic() < deadline:
+        begin = time.monotonic()
+        while any(worker.child.code is None for worker in self._workers.values()):
             self._stop.pause(_POLL_SECONDS / 5)
-        self._poll()
+            self._poll()
+            waited = time.monotonic() - begin
+            told = any(shard.state == "failed" for shard in self._statistics)
+            if waited > (_GOODBYE_SECONDS if told else _NOTICE_SECONDS):
+                break
         cause = self._cause() or failed
-        lines = [f"{child.name}: {child.ending()} ({child.log})" for child in (*self._shards, *self._workers)]
-        report = "\n  ".join(lines)
+        everybody = (*self._shards, *self._workers.values())
+        report = "\n  ".join(f"{one.name}: {one.ending()} ({one.child.log})" for one in everybody)
         return RunFailedError(
-            f"{cause.name} failed: {cause.ending()}\n  {report}\nend of {cause.log}:\n{cause.last_lines()}"
+            f"{cause.name} failed: {cause.ending()}\n  {report}\nend of {cause.child.log}:\n{cause.child.last_lines()}"
         )
 
-    def _cause(self) -> Child | None:
-        """Return the worker that the shards saw failing first; the others end as well, but only because of it."""
-        if any(shard.code is not None for shard in self._shards):
+    def _cause(self) -> Supervised | None:
+        """Return the worker that gave up first, as the shards saw it; the others end too, but only because of it."""
+        if any(shard.has_failed for shard in self._shards):
             return None  # then it was no worker
         seen = [worker for shard in self._statistics for worker in shard.workers]
-        return next((self._workers[worker.rank] for worker in seen if worker.state in ("aborted", "lost")), None)
+        return next((self._workers[worker.rank] for worker in seen if worker.state == "aborted"), None)
 
-    def _save(self) -> None:
-        """Leave the final model, its optimizer state and the per-iteration file in the run's folder."""
+    def _is_saved(self) -> bool:
+        """Once all workers are done, leave model, optimizer state and per-iteration file in the run's folder."""
+        if not all(worker.is_done for worker in self._workers.values()) or not self._is_serving():
+            return False
+        self._poll()
         if not all(shard.version for shard in self._statistics):
             raise RunFailedError(
                 f"all workers ended well, but none made a step: does {self._config.command[0]} call connect() and "
                 "wrap(), and then optimizer.step()?"
             )
-        snapshots = [client.snapshot(wait_seconds=_GOODBYE_SECONDS) for client in self._clients]
+        try:
+            snapshots = [client.snapshot(wait_seconds=_GOODBYE_SECONDS) for client in self._clients]
+        except ShardLostError:
+            return False  # it was killed just now, and comes back
         save_model(self._folder / "model.safetensors", snapshots)
         save_optimizer(self._folder / "optimizer.safetensors", snapshots)
         parts = [self._folder / f"shard-{shard}.iterations.jsonl" for shard in range(self._config.shards)]
         merge_iterations(parts, self._folder / "iterations.jsonl")
+        return True
 
 
-def launch(
-    config: LaunchConfig, folder: Path, show: Show, stop: StopSignals, *, baseline: bool = False
-) -> dict[str, RunResult]:
-    """Run ``config`` in ``folder``; with ``baseline`` also the same run with everything sent, in ``folder/dense``.
+def state_of(folder: Path, shard: int) -> Path:
+    """Return where a shard of a run keeps its journal."""
+    return folder / "state" / f"shard-{shard}"
+
+
+def launch(config: LaunchConfig, folder: Path, show: Show, stop: StopSignals) -> dict[str, RunResult]:
+    """Run ``config`` in ``folder``, or go on with what an earlier launch has left there.
 
     Returns:
-        The results by name: ``sparse``, and ``dense`` where asked for; ``result.json`` in ``folder`` has them too.
+        The results by name: ``sparse``, and ``dense`` for a baseline; ``result.json`` in ``folder`` has them too. At
+        once, where the run is finished.
 
     Raises:
+        ConfigurationError: when another launcher is at work in ``folder``.
         RunFailedError: when a process failed.
         StopRequestedError: when ``stop`` has heard a signal.
     """
-    runs = {"sparse": (config, folder)}
-    if baseline:
-        everything = Method(threshold=0.0, nonfinite=config.method.nonfinite)
-        runs["dense"] = (replace(config, method=everything, threshold_factors=()), folder / "dense")
-    results: dict[str, RunResult] = {}
-    for name, (one, where) in runs.items():
-        with Launch(one, where, f"{name}: {Path(one.command[0]).name}", stop) as run:
-            results[name] = run.watch(show)
-        facts = {"workers": config.workers, "shards": config.shards, "seed": config.seed}
-        write_results(folder / "result.json", results, **facts)  # now: the next run may fail or be stopped
+    with _at_work(config, folder):
+        results = read_results(folder / "result.json")
+        for name, (one, where) in config.stages(folder).items():
+            if name in results:
+                _logger.info("%s is finished", where)
+                continue
+            with Launch(one, where, f"{name}: {Path(one.command[0]).name}", stop) as run:
+                results[name] = run.watch(show)
+            facts = {"workers": config.workers, "shards": config.shards, "seed": config.seed}
+            write_results(folder / "result.json", results, **facts)  # now: the next run may fail or be stopped
     return results
+
+
+@contextmanager
+def _at_work(config: LaunchConfig, folder: Path) -> Iterator[None]:
+    """Write down what the run is, keep other launchers away, and have what is said of the run in its folder too."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        config.write(path)
+    package = logging.getLogger("thresher.deploy")
+    with path.open(encoding="utf-8") as locked:
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(f"another launcher is at work in {folder}; stop that one first") from None
+        log = logging.FileHandler(folder / "launch.log", encoding="utf-8", delay=True)
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package.addHandler(log)
+        try:
+            yield
+        finally:
+            package.removeHandler(log)
+            log.close()

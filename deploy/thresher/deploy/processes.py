@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -15,7 +16,7 @@ _TERMINATE_SECONDS: Final = 5.0
 
 @final
 class Child:
-    """One process. Everything it prints goes to ``log``; a line that is a JSON object is also kept as data.
+    """One process. Everything it prints is added to ``log``; a line that is a JSON object is also kept as data.
 
     It gets a session of its own, so that Ctrl-C reaches the launcher only, which then ends its children in order, and
     a pipe as standard input, whose end tells it that the launcher is gone.
@@ -25,15 +26,26 @@ class Child:
         command: What to run.
         environment: Its variables.
         log: Where its output goes.
+        directory: Where it is started.
+        data: What an earlier life has printed.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        directory: Path | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start it."""
         self.name, self.log = name, log
-        self.data: dict[str, Any] = {}  # the union of all data lines, the latest value of each key
+        self.data: dict[str, Any] = dict(data or {})  # the union of all data lines, the latest value of each key
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
+            cwd=directory,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -80,18 +92,58 @@ class Child:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _read(self) -> None:
-        with self._output, self.log.open("wb", buffering=0) as log:
+        with self._output, self.log.open("ab", buffering=0) as log:
             for line in self._output:
                 log.write(line)
                 if line.startswith(b"{"):
                     self._take(line)
 
     def _take(self, line: bytes) -> None:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            return  # a line that merely begins like data
-        self.data = {**self.data, **values}  # a new one, for whoever is reading the old one
+        self.data = {**self.data, **_values(line)}  # a new one, for whoever is reading the old one
+
+
+def printed_data(log: Path) -> dict[str, Any]:
+    """Return the data that is in a log: what the lives of a process have printed so far."""
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    return {key: value for line in lines if line.startswith(b"{") for key, value in _values(line).items()}
+
+
+def _values(line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}  # a line that merely begins like data
+
+
+@final
+class ReservedPort:
+    """A port of this machine that is kept for processes which come and go.
+
+    A socket that is bound and never listens keeps everybody else from being given the port, also the workers who look
+    for their shard there, while a server of ours may listen on it. Close it in the end.
+
+    Attributes:
+        address: ``127.0.0.1:port``.
+    """
+
+    def __init__(self) -> None:
+        """Find a free one."""
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: else it were taken
+        self._socket.bind(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def close(self) -> None:
+        """Give it back."""
+        self._socket.close()
+
+
+def kill_all(children: Sequence[Child]) -> None:
+    """End all children at once, and wait until they have."""
+    for child in children:
+        child.signal(signal.SIGKILL)
+    for child in children:
+        child.finish()
 
 
 def end_all(children: Sequence[Child], *, patience: float = _TERMINATE_SECONDS) -> None:

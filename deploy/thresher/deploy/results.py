@@ -17,7 +17,7 @@ from torch import Tensor
 from thresher.protos.accounting import compression_ratio, dense_bytes
 from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.protos.layout import Layout
-from thresher.protos.replica import PARAMETERS, whole_optimizer_state
+from thresher.protos.replica import whole_optimizer_state
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.snapshot import Snapshot
 
@@ -73,6 +73,21 @@ def write_results(path: Path, results: Mapping[str, RunResult], **facts: int) ->
     """Write ``result.json``: one object per run, and the facts they share."""
     document = {**{name: asdict(result) for name, result in results.items()}, **facts}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, RunResult]:
+    """Return the runs that ``result.json`` holds, by name; none where there is no file.
+
+    Raises:
+        ConfigurationError: when it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return {name: RunResult(**one) for name, one in document.items() if isinstance(one, dict)}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{path} holds no results: {error}; remove it to have them made again") from None
 
 
 def results_table(results: Mapping[str, RunResult]) -> Table:
@@ -159,14 +174,17 @@ def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def save_model(path: Path, snapshots: Sequence[Snapshot]) -> None:
-    """Write the model that the shards hold, whole, as safetensors: ``model.load_state_dict`` takes it.
-
-    Parameters are cast to the types of the model; tied parameters appear under each of their names.
+    """Write the model that the workers see, whole, as safetensors: ``model.load_state_dict`` takes it.
 
     Raises:
         ProtocolError: when the shards are not at one version.
     """
-    save_file(model_tensors(snapshots), path)
+    versions = {snapshot.version for snapshot in snapshots}
+    if len(versions) != 1:
+        raise ProtocolError(f"the shards are at versions {sorted(versions)}; a model is whole at one version only")
+    untrained = {name: value for snapshot in snapshots for name, value in snapshot.untrained.items()}
+    parameters = torch.cat([snapshot.visible for snapshot in snapshots])
+    save_file(model_tensors(snapshots[0].layout, parameters, untrained), path)
 
 
 def save_optimizer(path: Path, snapshots: Sequence[Snapshot]) -> None:
@@ -176,19 +194,21 @@ def save_optimizer(path: Path, snapshots: Sequence[Snapshot]) -> None:
     save_file({f"{layout.trained[tensor].name}/{key}": value for (tensor, key), value in whole.items()}, path)
 
 
-def model_tensors(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
-    """Return the model's tensors by name, as `save_model` writes them."""
-    versions = {snapshot.version for snapshot in snapshots}
-    if len(versions) != 1:
-        raise ProtocolError(f"the shards are at versions {sorted(versions)}; a model is whole at one version only")
-    layout: Layout = snapshots[0].layout
-    flat = torch.cat([snapshot.state[PARAMETERS] for snapshot in snapshots])
+def model_tensors(layout: Layout, parameters: Tensor, untrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model by name, as its ``state_dict`` has them.
+
+    Parameters are cast to the types of the model; tied parameters appear under each of their names.
+
+    Args:
+        layout: Of the model.
+        parameters: All trained elements, [layout.numel] float32.
+        untrained: The other tensors, by name.
+    """
     tensors: dict[str, Tensor] = {}
     for spec, begin in zip(layout.trained, layout.offsets, strict=False):
-        value = flat[begin : begin + spec.numel].view(spec.shape).to(getattr(torch, spec.dtype))
+        value = parameters[begin : begin + spec.numel].view(spec.shape).to(getattr(torch, spec.dtype))
         for name in (spec.name, *spec.aliases):
             tensors[name] = value.clone()
-    untrained = {name: value for snapshot in snapshots for name, value in snapshot.untrained.items()}
     for spec in layout.untrained:
         for name in (spec.name, *spec.aliases):
             tensors[name] = untrained[spec.name].clone()

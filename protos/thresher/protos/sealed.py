@@ -80,7 +80,7 @@ def _message(update: Update) -> pb.Update:
         version=update.version,
         members=update.members,
         contributors=[] if everyone else update.contributors,
-        skipped=update.mean is None,
+        skipped=not update.contributors,
         presence=pack_presence(update.presence),
         overrides=overrides_to_messages(update.overrides),
         next_threshold=update.next_threshold,

@@ -56,7 +56,7 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # A server refuses pings that come more often than this; it must allow what the workers send.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 2),
-    ("grpc.http2.max_ping_strikes", 8),  # then the connection is closed
+    ("grpc.http2.max_ping_strikes", 0),  # a worker that waits for long pings for long: no reason to close on it
     ("grpc.so_reuseport", 0),  # or a second shard would quietly share the port of the first
     # What one peer may cost; docs/security.md adds it up.
     ("grpc.max_receive_message_length", MESSAGE_BYTES),

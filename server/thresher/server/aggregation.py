@@ -23,7 +23,7 @@ def update_of(
 
     Args:
         pushes: The round's, in rank order; at least one. Skipped ones arrive with weight 0.
-        members: The divisor of the mean.
+        members: How many there are. The divisor of the mean, unless more push: those come who are being let in.
         version: The version the update creates.
         threshold: In force so far; it stays where no push proposes another.
         membership: Who belongs to the run from now on, where that changes.
@@ -34,12 +34,13 @@ def update_of(
     proposals = [push.next_threshold for push in pushes if push.next_threshold is not None]
     # Who is late may still be at earlier hyper-parameters; in lockstep all have the same.
     newest = max(pushes, key=lambda push: (not push.lost, push.version))
+    divisor = max(members, len(pushes))
     return Update(
         version=version,
-        members=members,
+        members=divisor,
         contributors=tuple(push.worker.rank for push, _ in heard),
         arrivals=() if in_lockstep else tuple((push.worker.rank, push.step) for push in pushes),
-        mean=mean_of([gradient for _, gradient in heard], max(members, len(heard))) if heard else None,
+        mean=mean_of([gradient for _, gradient in heard], divisor) if heard else None,
         presence=presence if heard else (True,) * len(pushes[0].presence),
         overrides=newest.overrides,
         next_threshold=proposals[0] if proposals else threshold,

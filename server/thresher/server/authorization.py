@@ -71,11 +71,8 @@ class Tokens:
             ConfigurationError: when the file cannot be read, a line is no role and token, a token is too short or is
                 there twice, or there is none; the message has path and number of the entry, never the token.
         """
-        entries = [
-            _entry(line, f"{path}, entry {number}")
-            for number, line in enumerate(secret_lines(path), start=1)
-            if not line.startswith("#")
-        ]
+        lines = [line for line in secret_lines(path) if not line.startswith("#")]
+        entries = [_entry(line, f"{path}, entry {number}") for number, line in enumerate(lines, start=1)]
         if not entries:
             raise ConfigurationError(f"{path} holds no token, so that nobody could call; write lines of role and token")
         if len({token for _, token in entries}) < len(entries):

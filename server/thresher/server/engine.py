@@ -11,16 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol, final
 
-from thresher.protos.errors import ProtocolError, ThresherError
+from thresher.protos.errors import JournalError, ProtocolError, RoundFailedError, ThresherError
 from thresher.protos.faults import reached
 from thresher.protos.sealed import SealedUpdate
 from thresher.server import effects, events
 from thresher.server.effects import Effect
 from thresher.server.events import Event, IterationRow
 from thresher.server.facts import Agreed, Closed, Record, record_to_bytes
-from thresher.server.journal import Journal, JournalError
+from thresher.server.journal import Journal
 from thresher.server.shard import Shard
 from thresher.server.statistics import ShardStatistics
 
@@ -81,6 +82,7 @@ class Engine:
         self._statistics = shard.statistics()
         self._ended = False
         self._ending = threading.Event()
+        self._told_failure = ""  # of a checkpoint
 
     def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber) -> None:
         """Begin to take events; answers and effects are delivered on ``loop``."""
@@ -89,7 +91,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what is in the mailbox and end the thread."""
+        """Finish what is in the mailbox, write a checkpoint, and end the thread; a pause of the run ends at once."""
         self._ending.set()
         self._mailbox.put(None)
         self._thread.join()
@@ -122,6 +124,7 @@ class Engine:
             else:
                 if item is None:
                     self._turn_away()
+                    self._drain()
                     return
                 self._take(*item)
             if time.monotonic() >= next_tick:  # also when the mailbox is never empty: deadlines hold under load
@@ -136,9 +139,16 @@ class Engine:
             if item is not None:
                 self._tell(item[1], ProtocolError(_ENDED))
 
+    def _drain(self) -> None:
+        with suppress(ThresherError):  # it was told; the log has everything without this checkpoint
+            self._perform(self._shard.handle(events.Drain(), time.monotonic()))
+
     def _tick(self) -> None:
         try:
             self._perform(self._shard.handle(events.Tick(), time.monotonic()))
+            self._tell_of_checkpoint()
+        except RoundFailedError:
+            pass  # the journal could not be written, which was told
         except Exception:  # a bug: the thread must live, or every worker would wait for ever
             _logger.exception("the shard could not handle the passing of time")
 
@@ -205,22 +215,44 @@ class Engine:
             if checkpoint.wait:
                 journal.wait()
 
-        self._insist(write)
+        if checkpoint.wait:
+            self._insist(write)
+            return
+        try:
+            write()
+        except JournalError as error:
+            _logger.warning("%s goes on without a checkpoint: %s", self._name, error)
+
+    def _tell_of_checkpoint(self) -> None:
+        """Say when a checkpoint that was written behind has failed."""
+        failure = "" if self._journal is None else self._journal.failure
+        if failure and failure != self._told_failure:
+            _logger.warning("%s", failure)
+        self._told_failure = failure
 
     def _insist(self, write: Callable[[], None]) -> None:
-        """Write; while that fails, on a full disk say, the run pauses: nobody is told, and nothing is lost."""
-        deadline = time.monotonic() + self._patience
+        """Write; while that fails, on a full disk say, the run pauses: nobody is told, and nothing is lost.
+
+        Raises:
+            RoundFailedError: when it failed for too long, or the shard is to end; the run has failed then.
+        """
+        begin, paused = time.monotonic(), False
         while True:
             try:
                 write()
             except JournalError as error:
-                _logger.error("%s is paused: %s", self._name, error)  # noqa: TRY400 - it says all
-                if time.monotonic() >= deadline or self._ending.wait(min(_PAUSE_SECONDS, self._patience)):
-                    reason = f"{self._name} could not write its journal for {self._patience:.0f} s: {error}"
-                    self._perform(self._shard.handle(events.Fail(reason), time.monotonic()))
-                    raise
-            else:
-                return
+                if not paused:
+                    _logger.error("%s is paused: %s", self._name, error)  # noqa: TRY400 - it says all
+                paused = True
+                left = begin + self._patience - time.monotonic()
+                if left > 0 and not self._ending.wait(min(_PAUSE_SECONDS, left)):
+                    continue
+                reason = f"{self._name} gave up after {self._patience - left:.0f} s of trying to write: {error}"
+                self._perform(self._shard.handle(events.Fail(reason), time.monotonic()))
+                raise RoundFailedError(reason) from error
+            if paused:
+                _logger.warning("%s goes on after %.0f s", self._name, time.monotonic() - begin)
+            return
 
     def _write(self, row: IterationRow) -> None:
         """Record a row. One that cannot be written, on a full disk say, is told, and keeps no worker waiting."""

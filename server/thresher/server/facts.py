@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, assert_never, final
 
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from thresher.protos.errors import DataLossError, FrameError
+from thresher.protos.errors import DataLossError, FrameError, ProtocolError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
     consistency_from_message,
@@ -171,7 +172,7 @@ def record_from_bytes(data: bytes, piece: Slice | None) -> Record:
                 return Agreed(message.agreed.number, dict(message.agreed.values))
             case other:
                 raise FrameError(f"a record {other} is not known here")
-    except ValueError as error:  # of protobuf, and our own
+    except (DecodeError, ValueError, ProtocolError) as error:
         raise DataLossError(f"a record of {len(data)} bytes cannot be read: {error}") from error
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import final
 
-from thresher.protos.errors import DataLossError, LostHistoryError
+from thresher.protos.errors import BehindError, DataLossError, LostHistoryError
 from thresher.protos.sealed import SealedUpdate, with_assignments
+from thresher.protos.sparse import SparseGradient
 from thresher.server.effects import Publish
 from thresher.server.events import History, Push
 from thresher.server.log import UpdateLog
-from thresher.server.members import Member, MemberState
+from thresher.server.members import Member
+from thresher.server.shadow import Shadow
 from thresher.server.state import RunState
 
 
@@ -55,7 +57,7 @@ class Feed:
             raise LostHistoryError(
                 f"{who} was told of version {there.version}; the shard is at {here.version}: it lost the end of its log"
             )
-        known = self._log.digest(there.version)
+        known = here.digest if there.version == here.version else self._log.digest(there.version)
         if there.digest and known and known != there.digest:
             raise DataLossError(
                 f"{who} and the shard have different histories up to version {there.version}: one of them was restored "
@@ -71,7 +73,7 @@ class Feed:
         here = self._state.history
         if here.version and here.run != there.run:
             raise DataLossError(f"{who} is in run {there.run:x}, this shard in run {here.run:x}: use one of them")
-        if not self._state.consistency.lockstep or self._state.shadow is not None:
+        if not self._state.consistency.lockstep or self._state.consistency.downlink == "shadow":
             raise DataLossError(
                 f"the shard lost the updates after version {here.version}, and {who} was told of version "
                 f"{there.version}; a worker's replica replaces them in lockstep only. Restore the state folder"
@@ -94,7 +96,7 @@ class Feed:
         """
         self._log.append(newest)
         state, version = self._state, self._state.version
-        readers = [member for member in state.members if member.state is MemberState.EXCHANGING]
+        readers = state.members.exchanging
         if state.shadow is None:
             return [Publish(newest, tuple(member.rank for member in readers))] if readers else []
         by_version: dict[int, list[int]] = {}
@@ -103,7 +105,7 @@ class Feed:
                 by_version.setdefault(member.told, []).append(member.rank)
                 member.told = version
         return [
-            Publish(with_assignments(newest, state.shadow.since(told), version - told), tuple(ranks))
+            Publish(with_assignments(newest, _assignments(state.shadow, told), version - told), tuple(ranks))
             for told, ranks in by_version.items()
         ]
 
@@ -124,3 +126,11 @@ class Feed:
     def _is_due(self, member: Member, newest: SealedUpdate) -> bool:
         arrived = {rank for rank, _ in newest.update.arrivals}
         return self._state.consistency.lockstep or member.rank in arrived or not self._state.members.counts(member)
+
+
+def _assignments(shadow: Shadow, told: int) -> SparseGradient:
+    """Return what a connected worker has to hear: all of the shadow, where what it missed is no longer known."""
+    try:
+        return shadow.since(told)
+    except BehindError:
+        return SparseGradient.dense(shadow.values.clone())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from thresher.server.events import Push
+from thresher.server.events import Push, Verdict
 from thresher.server.state import RunState
 
 
@@ -20,7 +20,8 @@ def broken_invariants(state: RunState, waiting: Mapping[int, Push], told: int) -
         "only members push": set(waiting) <= counted or not lockstep,
         "an open push has no verdict": all(p.step >= state.members.seat(r).settled for r, p in waiting.items()),
         "pushes belong to the open round": not lockstep or all(p.step == version for p in waiting.values()),
-        "nobody is ahead": not lockstep or all(member.settled <= version for member in state.members),
+        "nobody is ahead": not lockstep
+        or all(m.settled <= version + (m.verdict is Verdict.RETURNED) for m in state.members),
         "nobody knows the future": all(member.version <= version for member in state.members),
         "a slice comes with its model": (state.piece is None) == (state.opened is None),
         "the log ends at the version": told == version,

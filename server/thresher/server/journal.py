@@ -12,13 +12,11 @@ from typing import final
 
 from torch import Tensor
 
-from thresher.protos.errors import ConfigurationError, ProtocolError
+from thresher.protos.errors import ConfigurationError, DataLossError, JournalError, ProtocolError
 from thresher.server.checkpoints import UNFINISHED, Checkpoint, write_checkpoint
 from thresher.server.history import (
     FILE_NAME,
-    DataLossError,
     History,
-    JournalError,
     checkpoint_path,
     explained,
     generations_of,
@@ -211,6 +209,7 @@ class Journal:
         if self._sync:  # what comes back now will be told: a life before may have ended between write and sync
             for path in (*(log.path for log in logs), self._folder):
                 sync_path(path)
+        self._prune()  # a life that ends between two steps of this leaves something, and so might the next
         self._log = LogFile(last.path, last.generation, end=last.end, sync=self._sync)
         if not last.problem:
             return []

@@ -130,6 +130,15 @@ class Members:
         return [self.seat(rank) for rank in self.membership.ranks]
 
     @property
+    def exchanging(self) -> list[Member]:
+        """Those that are connected, by rank, whether they belong to the run or want to."""
+        return [member for member in self if member.state is MemberState.EXCHANGING]
+
+    def awaited(self, now: float, lease: float) -> list[Member]:
+        """Return those for whose pushes a round waits, by rank."""
+        return [member for member in self.counted if not member.absent(now, lease)]
+
+    @property
     def complete(self) -> bool:
         """True once every member has come and opened its stream."""
         return all(
@@ -144,9 +153,14 @@ class Members:
     def wanted(self, now: float, lease: float) -> Membership:
         """Return who should belong to the run: without those gone for longer than their lease, with those who came."""
         gone = {member.rank for member in self.counted if member.absent(now, lease)}
-        come = {member.rank for member in self if member.state is MemberState.EXCHANGING}
+        come = {member.rank for member in self.exchanging}
         ranks = tuple(sorted((set(self.membership.ranks) - gone) | come))
         return self.membership if ranks == self.membership.ranks else Membership(self.membership.epoch + 1, ranks)
+
+    def adopt(self, membership: Membership) -> None:
+        """Take what the first shard says; it may not have heard of a leave that came here already."""
+        here = tuple(rank for rank in membership.ranks if self.seat(rank).state is not MemberState.LEFT)
+        self.membership = Membership(membership.epoch, here)
 
     def dismiss(self, rank: int) -> None:
         """Let a rank belong to the run no more; which epoch that is, the first shard says."""
@@ -190,6 +204,7 @@ class Members:
         if member.incarnation and member.incarnation != worker.incarnation:
             member.retired = [*member.retired, member.incarnation][-_REMEMBERED_LIVES:]
         member.incarnation, member.origin, member.metrics_address = worker.incarnation, origin, metrics_address
+        member.state = MemberState.REGISTERED
 
 
 def _fenced(member: Member, worker: Worker) -> str:

@@ -16,6 +16,7 @@ from thresher.server.statistics import ShardStatistics
 
 _DENSITY_BUCKETS: Final = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 _SECONDS_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
+_VERSIONS_BUCKETS: Final = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 @final
@@ -24,12 +25,20 @@ class ShardMetrics(Collector):
 
     Args:
         statistics: Where to read the shard's counters.
+        journal_bytes: Where to read the size of the journal on the disk; None without one.
         per_worker: Give each worker a label of its own; switch it off for many workers.
     """
 
-    def __init__(self, statistics: Callable[[], ShardStatistics], *, per_worker: bool = True) -> None:
+    def __init__(
+        self,
+        statistics: Callable[[], ShardStatistics],
+        journal_bytes: Callable[[], int] | None = None,
+        *,
+        per_worker: bool = True,
+    ) -> None:
         """Register everything."""
         self._statistics = statistics
+        self._journal_bytes = journal_bytes
         self._per_worker = per_worker
         self._last_iteration = 0.0
         self.registry = CollectorRegistry()
@@ -45,6 +54,9 @@ class ShardMetrics(Collector):
         self._round_seconds = self._histogram(
             "thresher_round_seconds", "Time from the first push of a round to its close.", _SECONDS_BUCKETS, shard
         )
+        self._staleness = self._histogram(
+            "thresher_staleness_distribution", "Staleness of the oldest push of a round.", _VERSIONS_BUCKETS, shard
+        )
         self.registry.register(self)
 
     def observe(self, row: IterationRow) -> None:
@@ -53,6 +65,7 @@ class ShardMetrics(Collector):
         self._push_density.observe(row.push_density)
         self._update_density.observe(row.update_density)
         self._round_seconds.observe(row.round_seconds)
+        self._staleness.observe(row.staleness)
 
     def collect(self) -> Iterator[Metric]:
         """Yield counters and last values from one frozen picture of the shard."""
@@ -103,6 +116,8 @@ class ShardMetrics(Collector):
     def _last_values(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
         yield "thresher_members", "Workers that belong to the run.", sum(m.state != "left" for m in now.members)
         yield "thresher_log_bytes", "Memory of the update log.", now.log_bytes
+        if self._journal_bytes is not None:
+            yield "thresher_journal_bytes", "Log and checkpoints on the disk.", self._journal_bytes()
         moved = sum(member.push_bytes + member.pull_bytes for member in now.members)
         ratio = compression_ratio(_pushable(now), moved)
         yield "thresher_compression_ratio", "Dense bytes over bytes moved, both directions.", ratio
@@ -112,6 +127,7 @@ class ShardMetrics(Collector):
             row = now.last_row
             yield "thresher_push_density", "Density of the last round's pushes.", row.push_density
             yield "thresher_update_density", "Density of the last update.", row.update_density
+            yield "thresher_staleness", "Versions closed since the oldest push of the last round began.", row.staleness
             norm = math.sqrt(row.residual_squared)
             yield "thresher_residual_norm", "Root of the mean over workers of the squared residual norm.", norm
             yield "thresher_last_iteration_timestamp_seconds", "When the last round closed.", self._last_iteration

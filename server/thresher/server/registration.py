@@ -17,7 +17,7 @@ def check_registration(request: Register, first: Register | None, shard: int, sh
         shards: Number of shards.
 
     Raises:
-        RegistrationError: for another shard, optimizer or method.
+        RegistrationError: for another shard, optimizer, method or consistency.
         LayoutError: for another model; the difference is listed.
         OptimizerError: for an optimizer that cannot be built for this model.
     """
@@ -44,6 +44,11 @@ def _check_agreement(request: Register, first: Register) -> None:
             f"worker {request.worker.rank} wants {request.optimizer.name} {list(request.optimizer.groups)} with "
             f"{request.method}; worker {first.worker.rank} registered {first.optimizer.name} "
             f"{list(first.optimizer.groups)} with {first.method}; use the same on all workers"
+        )
+    if request.consistency != first.consistency:
+        raise RegistrationError(
+            f"worker {request.worker.rank} wants {request.consistency.describe()}; worker {first.worker.rank} "
+            f"registered {first.consistency.describe()}; use the same on all workers"
         )
 
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -15,9 +14,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import start_http_server
 
 from thresher.protos.credentials import TlsFiles
-from thresher.protos.errors import ConfigurationError, ThresherError
+from thresher.protos.errors import ConfigurationError
 from thresher.protos.transport import SERVER_OPTIONS, check_address
-from thresher.server import events
 from thresher.server.authorization import Gatekeeper, Tokens
 from thresher.server.config import ShardConfig
 from thresher.server.engine import Engine
@@ -150,11 +148,9 @@ class ShardServer:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace: float = 2.0) -> None:
-        """Refuse what is new, give calls in flight ``grace`` seconds, end."""
+        """Refuse what is new, give calls in flight ``grace`` seconds, write a checkpoint, end."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace)
-        with suppress(ThresherError):  # the journal has everything without this checkpoint
-            await self._engine.submit(events.Drain())
         await asyncio.to_thread(self._engine.stop)
         await self._close_outlets()
 
@@ -182,9 +178,12 @@ class ShardServer:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
-        if self._iterations is not None:
-            self._iterations.close()
         self._close_journal()
+        if self._iterations is not None:
+            try:
+                self._iterations.close()
+            except OSError as error:  # a disk that is still full
+                _logger.error("the last rows of %s are lost: %s", self._config.iterations, error)  # noqa: TRY400
 
     def _close_journal(self) -> None:
         if self._journal is not None:
@@ -212,7 +211,12 @@ class ShardServer:
     def _serve_metrics(self) -> None:
         if self._config.metrics_listen is None:
             return
-        metrics = ShardMetrics(self._engine.statistics, per_worker=self._config.per_worker_metrics)
+        journal = self._journal
+        metrics = ShardMetrics(
+            self._engine.statistics,
+            None if journal is None else lambda: journal.bytes,
+            per_worker=self._config.per_worker_metrics,
+        )
         host, _, port = self._config.metrics_listen.rpartition(":")
         try:
             self._metrics_server, _ = start_http_server(int(port), host.strip("[]"), metrics.registry)

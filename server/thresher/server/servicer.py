@@ -90,7 +90,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._config = config
         self._streams: set[Stream] = set()
         self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
-        self._greeting: dict[int, Stream] = {}  # streams whose hello is not answered yet
+        self._greeting: dict[Stream, int] = {}  # whose hello is not answered yet, and may be refused
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
         self._settled = asyncio.Event()  # seeded, or failed before that
@@ -106,10 +106,9 @@ class AggregationServicer(AggregationServiceServicer):
 
     def publish(self, sealed: SealedUpdate, ranks: tuple[int, ...]) -> None:
         """Send an update to these workers, as far as they are connected."""
-        for rank in ranks:
-            for streams in (self._speaking, self._greeting):
-                if rank in streams:
-                    streams[rank].publish(sealed)
+        speaking = [self._speaking[rank] for rank in ranks if rank in self._speaking]
+        for stream in (*speaking, *(stream for stream, rank in self._greeting.items() if rank in ranks)):
+            stream.publish(sealed)
 
     def tell(self, agreed: Agreed, ranks: tuple[int, ...]) -> None:
         """Tell these workers what was agreed."""
@@ -272,12 +271,11 @@ class AggregationServicer(AggregationServiceServicer):
             raise ProtocolError("the first message of a stream must be a hello")
         hello = hello_from_message(request.hello)
         rank = hello.worker.rank
-        self._greeting[rank] = stream
+        self._greeting[stream] = rank
         try:
             done = await self._hello(hello)
         finally:
-            if self._greeting.get(rank) is stream:
-                del self._greeting[rank]
+            del self._greeting[stream]
         stream.greet(_only(done, effects.Backlog).updates)
         stream.worker = hello.worker
         earlier = self._speaking.get(rank)

@@ -12,11 +12,7 @@ import math
 from dataclasses import replace
 from typing import assert_never, final
 
-from thresher.protos.errors import (
-    OptimizerError,
-    ProtocolError,
-    RoundFailedError,
-)
+from thresher.protos.errors import OptimizerError, ProtocolError, RoundFailedError
 from thresher.protos.sealed import sealed
 from thresher.protos.update import Membership
 from thresher.server import effects, events
@@ -69,6 +65,7 @@ class Shard:
             if member.state is not MemberState.LEFT:
                 member.state = MemberState.LOST
         self._told_epoch = 0
+        self._refused = dict.fromkeys(Verdict, 0)  # since this process began: what changes nothing is not kept
         self._failure = ""
         self._last_row = None if self._state.newest is None else self._row(self._state.newest)
 
@@ -84,8 +81,8 @@ class Shard:
                 if self._state.replica is None:
                     self._refuse_after_failure()
                 return [self._state.snapshot()]
-            case events.Drain():
-                return self._checkpoint(wait=True)
+            case events.Drain():  # what a failure has spoilt is not kept: the log has all that came before
+                return [] if self._failure else self._checkpoint(wait=True)
             case events.Fail(reason):
                 return self._fail(reason)
             case events.Tick():
@@ -110,7 +107,7 @@ class Shard:
             case events.Push():
                 return self._push(event, now)
             case events.Agree():
-                return self._agree(event)
+                return self._agree(event, now)
             case events.Leave():
                 return self._leave(event, now)
             case events.Abort():
@@ -130,7 +127,7 @@ class Shard:
             numel=state.piece.numel if state.piece else 0,
             model_numel=opened.registration.layout.numel if opened else 0,
             members=tuple(member.statistics() for member in state.members),
-            verdicts={str(verdict): count for verdict, count in state.verdicts.items()},
+            verdicts={str(verdict): count + self._refused[verdict] for verdict, count in state.verdicts.items()},
             residual_squared_total=state.residual_squared_total,
             log_bytes=self._feed.bytes,
             threshold=state.threshold,
@@ -177,7 +174,6 @@ class Shard:
             if member.incarnation:  # its lease goes on until the new life exchanges
                 member.lost_at = min(member.lost_at, now)
             written.append(self._fold(Admitted(request.worker, request.origin, request.metrics_address)))
-            member.state = MemberState.REGISTERED
         answer = effects.Registered(
             history=state.history,
             seeded=state.replica is not None,
@@ -210,24 +206,26 @@ class Shard:
         self._round.clear()
         self._feed = Feed(self._state, self._config.log_cap_bytes)
         self._last_row = None
-        others = [m.rank for m in self._state.members if m is not member and m.state is MemberState.EXCHANGING]
+        others = [other.rank for other in self._state.members.exchanging if other is not member]
         notice = f"refilled from the replica of {member}: version {here.version} → {there.version}"
         told: list[Effect] = [effects.Seeded(accepted=True), effects.Notice(notice), effects.Restart(tuple(others))]
         return [*self._checkpoint(wait=True), *told]
 
     def _hello(self, hello: events.Hello, now: float) -> list[Effect]:
-        state = self._state
-        member = state.members.known(hello.worker)
-        if member.state is MemberState.LEFT:
-            raise ProtocolError(f"{member} cannot exchange: it has left")
+        member = self._state.members.known(hello.worker)
         self._feed.check(hello.history, str(member))
+        if member.state is MemberState.LEFT:  # it has not heard so, and says its leave again
+            return [effects.Backlog(())]
         backlog = tuple(self._feed.since(hello.history.version))
         member.state, member.version, member.lost_at = MemberState.EXCHANGING, hello.history.version, math.inf
-        written: list[Effect] = []
-        if not state.members.counted:  # nobody is left to close a round in which it could be let in
-            written.append(self._fold(Membership(state.members.membership.epoch + 1, (member.rank,))))
-        member.told = state.version
-        return [*written, effects.Backlog(backlog), *self._progress(now)]
+        member.told = self._state.version
+        return [effects.Backlog(backlog), *self._progress(now), *self._let_in_alone(now)]
+
+    def _let_in_alone(self, now: float) -> list[Effect]:
+        """Where no member is here to close a round in which they could be let in, those who are here are members."""
+        members, lease = self._state.members, self._config.lease
+        alone = self._config.shard == 0 and members.exchanging and not members.awaited(now, lease)
+        return [self._fold(members.wanted(now, lease))] if alone else []
 
     # Rounds
 
@@ -240,14 +238,14 @@ class Shard:
         waiting = self._round.waiting.get(member.rank)
         refusal = judge(push, member, state, waiting, self._round.pushes.values())
         if refusal is not None:
-            state.verdicts[refusal.verdict] += 1
+            self._refused[refusal.verdict] += 1
             again = self._feed.again(push) if refusal.verdict is Verdict.DUPLICATE else []
             return [refusal, *again]
         adopted = self._adopted(push.membership)
         reason = returned(push, member, state)
         if reason:
             record = self._fold(Returned(member.rank, push.step, push.content))
-            return [*adopted, record, effects.Judged(push.step, Verdict.RETURNED, reason)]
+            return [*adopted, record, effects.Judged(push.step, Verdict.RETURNED, reason), *self._progress(now)]
         member.version = max(member.version, push.version)
         self._round.hold(push, now)
         return [*adopted, *self._progress(now)]
@@ -263,7 +261,7 @@ class Shard:
         happened: list[Effect] = []
         state, consistency = self._state, self._state.consistency
         while state.replica is not None and not self._failure:
-            awaited = [m for m in state.members.counted if not m.absent(now, self._config.lease)]
+            awaited = state.members.awaited(now, self._config.lease)
             self._round.let_in(consistency, awaited, now)
             if not self._round.is_complete(consistency, awaited, now):
                 break
@@ -312,7 +310,7 @@ class Shard:
 
     # Agreeing on numbers
 
-    def _agree(self, asked: events.Agree) -> list[Effect]:
+    def _agree(self, asked: events.Agree, now: float) -> list[Effect]:
         self._refuse_after_failure()
         state = self._state
         member = state.members.known(asked.worker)
@@ -325,12 +323,12 @@ class Shard:
         if asked.number > number:
             raise ProtocolError(f"{member} asks for agreement {asked.number}; {number} is next: all must ask alike")
         self._agreement.hear(asked)
-        return self._agree_if_complete()
+        return self._agree_if_complete(now)
 
-    def _agree_if_complete(self) -> list[Effect]:
-        counted = tuple(member.rank for member in self._state.members.counted)
-        agreed = self._agreement.conclude(counted, self._state.agreed)
-        return [] if agreed is None else [self._fold(agreed), effects.Tell(agreed, counted)]
+    def _agree_if_complete(self, now: float) -> list[Effect]:
+        awaited = tuple(member.rank for member in self._state.members.awaited(now, self._config.lease))
+        agreed = self._agreement.conclude(awaited, self._state.agreed)
+        return [] if agreed is None else [self._fold(agreed), effects.Tell(agreed, awaited)]
 
     # Leaving
 
@@ -352,7 +350,7 @@ class Shard:
                 )
             )
         departed = self._fold(Departed(member.rank, leave.abandoned_squared, leave.untrained))
-        return [departed, effects.Left(state.version), *told, *self._progress(now), *self._agree_if_complete()]
+        return [departed, effects.Left(state.version), *told, *self._go_on(now)]
 
     def _abort(self, abort: events.Abort) -> list[Effect]:
         member = self._state.members.known(abort.worker)
@@ -368,10 +366,14 @@ class Shard:
             member.state, member.lost_at = MemberState.LOST, now
         return []
 
+    def _go_on(self, now: float) -> list[Effect]:
+        """Do what no longer waits for somebody who has gone."""
+        return [*self._progress(now), *self._agree_if_complete(now), *self._let_in_alone(now)]
+
     def _tick(self, now: float) -> list[Effect]:
         if self._failure:
             return []
-        happened = self._progress(now)
+        happened = self._go_on(now)
         if any(isinstance(effect, effects.Failed) for effect in happened):
             return happened
         seen = self._watch.look(self._state, self._round, now)

@@ -7,6 +7,7 @@ back from the journal. So a shard that was killed is the shard that was not (des
 from collections.abc import Mapping
 from typing import Final, Self, assert_never, final
 
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from thresher.protos.consistency import Consistency
@@ -144,7 +145,7 @@ class RunState:
                 self.abandoned_squared_total += abandoned_squared
                 self.untrained.update(buffers)
             case Membership():
-                self.members.membership = record
+                self.members.adopt(record)
             case Agreed(number):
                 self.agreements = {**self.agreements, number: record}
                 self.agreements.pop(number - _AGREEMENTS, None)
@@ -190,7 +191,7 @@ class RunState:
         self.replica.apply(update)
         if self.shadow is not None:
             self.shadow.advance(self.replica.parameters, self.version)
-        self.digest, self.newest = update.digest, closed
+        self.digest = update.digest
         self.overrides, self.threshold = update.overrides, update.next_threshold
         for one in closed.contributions:
             self._count(one, only_mean=update.only_mean)
@@ -198,10 +199,11 @@ class RunState:
         if not update.only_mean:
             self.residual_squared_total += closed.residual_squared
         if update.membership is not None:
-            self.members.membership = update.membership
+            self.members.adopt(update.membership)
 
     def deliver(self, closed: Closed) -> None:
-        """Count to whom a closed round was sent."""
+        """Count to whom the newest round was sent; its record says so too."""
+        self.newest = closed
         for rank, wire_bytes in closed.deliveries:
             self.members.seat(rank).pull_bytes += wire_bytes
 
@@ -239,7 +241,7 @@ class RunState:
             abandoned_squared_total=self.abandoned_squared_total,
             newest=closed_to_message(self.newest) if self.newest is not None else None,
             agreements=[pb.Agreed(number=one.number, values=one.values) for one in self.agreements.values()],
-        ).SerializeToString()
+        ).SerializeToString(deterministic=True)
 
     def snapshot(self) -> Snapshot:
         """Return everything that a worker needs to begin. Raises ProtocolError before the seed."""
@@ -271,7 +273,7 @@ class RunState:
             state = cls(opened.run, opened.registration.workers)
             state._open(opened)
             state._restore(message, tensors)
-        except (ValueError, ProtocolError) as error:  # of protobuf, and our own
+        except (DecodeError, ValueError, ProtocolError) as error:
             raise DataLossError(f"a checkpoint cannot be read: {error}") from error
         return state
 

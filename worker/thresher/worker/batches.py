@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.transport import FORK_VARIABLE, FORKS_ARE_SAFE
+from thresher.worker.progress import Progress
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +89,34 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def keyed_batches(
+    loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int, workers: int
+) -> Iterator[Any]:
+    """Yield one pass over rank's share, or the rest of the one in which this worker was killed.
+
+    The global generators are seeded anew for each batch, before it is fetched and before it is yielded.
+
+    Args:
+        loader: A torch loader.
+        progress: Where this worker is; it is told of the pass and of each batch.
+        seed: The run's; equal on all workers.
+        rank: Which share.
+        workers: How many shares.
+    """
+    if not progress.begin_pass():
+        return
+    shared = share(loader, seed=seed, step=progress.pass_step, rank=rank, workers=workers, skip=progress.taken)
+    while True:
+        seed_everything(keyed_seed("data", seed, rank, progress.step, progress.batch))
+        try:
+            batch = next(shared)
+        except StopIteration:
+            return
+        seed_everything(keyed_seed("step", seed, rank, progress.step, progress.batch))
+        progress.begin_batch()
+        yield batch
 
 
 def _start_method(loader: "DataLoader[Any]") -> str:

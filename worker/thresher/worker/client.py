@@ -45,6 +45,18 @@ class Returned:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The shard took a push while there was no connection; its update may never be told on its own."""
+
+    step: int
+
+
+Told = Update | Returned | Settled
+"""What a shard tells a worker that exchanges."""
+
+
+@final
 class ShardClient:
     """Exchanges pushes for updates with one shard.
 
@@ -70,7 +82,7 @@ class ShardClient:
         self._lock = threading.Lock()  # over the next two, which both the caller and the reader thread touch
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         self._unanswered: list[pb.ExchangeRequest] = []
-        self._inbox: queue.SimpleQueue[Update | Returned | pb.Left | Exception] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Told | pb.Left | Exception] = queue.SimpleQueue()
         self._agreed: queue.SimpleQueue[Mapping[str, float] | Exception] = queue.SimpleQueue()
         self._slice: Slice | None = None
         self._reader: threading.Thread | None = None
@@ -87,6 +99,11 @@ class ShardClient:
     def registration(self) -> pb.RegisterRequest:
         """As the shard has accepted it."""
         return self._registration
+
+    @property
+    def silent(self) -> bool:
+        """True while there is nothing for `wait` to return."""
+        return self._inbox.empty()
 
     def open(self, piece: Slice, history: pb.History) -> None:
         """Begin the exchange, from a replica at ``history``."""
@@ -118,8 +135,8 @@ class ShardClient:
         self._say(messages)
         reached(self._who, "in flight")
 
-    def wait(self) -> Update | Returned:
-        """Wait for the next update of the slice, or for a push that comes back.
+    def wait(self) -> Told:
+        """Wait for the next update of the slice, or for what became of a push.
 
         Raises:
             BehindError, LostHistoryError: when this worker and the shard have to find together first; see `open`.
@@ -178,7 +195,7 @@ class ShardClient:
             for message in messages:
                 self._outbox.put(message)
 
-    def _next(self, deadline: float) -> Update | Returned | pb.Left:
+    def _next(self, deadline: float) -> Told | pb.Left:
         try:
             item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -318,8 +335,11 @@ class ShardClient:
                 return
             if not first.push.only_mean:  # the mean of such a round is asked for again
                 self._unanswered = []
-        if response.last_verdict == pb.VERDICT_RETURNED and first.push.step == response.settled_steps - 1:
-            self._inbox.put(Returned(first.push.step, "while there was no connection"))
+        step = first.push.step
+        if response.last_verdict == pb.VERDICT_RETURNED and step == response.settled_steps - 1:
+            self._inbox.put(Returned(step, "while there was no connection"))
+        elif not first.push.only_mean:
+            self._inbox.put(Settled(step))
 
 
 def _details(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import final
 
 import torch
 
-from thresher.protos.errors import LayoutError
+from thresher.protos.errors import DataLossError, LayoutError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
     REGISTRATION_BYTES,
@@ -45,6 +45,7 @@ class JoinedShard:
         epoch: Of the membership that the shard is known to know.
         overrides: Hyper-parameters in force that differ from the registered ones.
         threshold: Of the coming round; None for methods without one.
+        repeats: Its newest update is in the follower already, and will come once more.
     """
 
     client: ShardClient
@@ -54,6 +55,7 @@ class JoinedShard:
     epoch: int
     overrides: tuple[Override, ...]
     threshold: float | None
+    repeats: bool = False
 
 
 def join(
@@ -63,7 +65,7 @@ def join(
     placement: Placement,
     metrics_address: str,
     *,
-    resumed: bool,
+    run: int | None = None,
 ) -> list[JoinedShard]:
     """Join all shards; afterwards ``model`` holds what rank 0 brought, or what the shards had already.
 
@@ -73,12 +75,13 @@ def join(
         spec: The user's optimizer.
         placement: Where it runs.
         metrics_address: Where this worker serves its metrics; empty if it does not.
-        resumed: This worker took part before: it has no starting values to give.
+        run: That this worker took part in before; it has no starting values to give then.
 
     Raises:
         ConnectionTimeoutError: when a shard does not come up before ``settings.connect_timeout``.
         LayoutError: when the model's tensors are too many to be registered, or as a shard refused.
         RegistrationError, OptimizerError, FencedError: as a shard refused.
+        DataLossError: when the shards are in another run than ``run``.
     """
     slices = model.layout.slices(len(settings.addresses))
     request = _registration(settings, model, spec, placement)
@@ -89,7 +92,9 @@ def join(
     clients: list[ShardClient] = []
     try:
         answers = _registered(calls, request, time.monotonic() + settings.connect_timeout, clients, settings)
-        if settings.rank == 0 and not resumed and not any(answer.version for answer in answers):
+        if run is not None:
+            _check_run(run, answers[0].run, settings)
+        if settings.rank == 0 and run is None and not any(answer.version for answer in answers):
             empty = [one for one, answer in zip(calls, answers, strict=True) if not answer.seeded]
             _seed(empty, slices, request, model, placement)
         for one, client, piece, answer in zip(calls, clients, slices, answers, strict=True):
@@ -100,6 +105,8 @@ def join(
             follower, overrides = following(piece, optimizer, snapshot), optimizer.overrides(snapshot.optimizer.groups)
             epoch, threshold = answer.membership.epoch, snapshot.threshold
             joined.append(JoinedShard(client, piece, follower, answer, epoch, overrides, threshold))
+            if run is not None:
+                _look_back(joined[-1], settings)
         for shard in reversed(joined):  # the first shard decides who belongs to the run: by then all others know us
             shard.client.open(shard.slice, shard.client.history)
     except BaseException as error:
@@ -109,6 +116,27 @@ def join(
     if replaced and settings.rank != 0:
         _logger.info("worker %d: the shards' values replaced those of %s", settings.rank, _listed(replaced))
     return joined
+
+
+def _check_run(mine: int, theirs: int, settings: Settings) -> None:
+    if mine != theirs:
+        raise DataLossError(
+            f"worker {settings.rank} remembers run {mine:x} in {settings.state_dir}, the shards are in run {theirs:x}; "
+            "give it the folder of this run, or an empty one"
+        )
+
+
+def _look_back(shard: JoinedShard, settings: Settings) -> None:
+    """Ask again what became of the last push, now that the snapshot is older than the answer; and what it came to.
+
+    A worker that was killed before it had learned from the update of its last round is told it once more.
+    """
+    client, follower = shard.client, shard.follower
+    shard.answer = client.calls.register(client.registration)
+    settled = shard.answer.settled_steps
+    if settings.consistency.lockstep and follower.version and settled == follower.version:
+        client.history.version, client.history.digest = follower.version - 1, b""
+        shard.repeats = True
 
 
 def _registered(

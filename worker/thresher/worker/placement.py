@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from thresher.compression import Feedback
 from thresher.protos.errors import OptimizerError
 from thresher.protos.layout import Slice
 from thresher.protos.optimizers import Hyperparameters, OptimizerSpec, Override
@@ -15,6 +16,9 @@ from thresher.protos.replica import PARAMETERS, Replica
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Presence, Update
 from thresher.worker.following import Following
+from thresher.worker.method import Method
+from thresher.worker.outer import outer_spec
+from thresher.worker.parameters import ModelParameters
 
 Pieces = Sequence[tuple[Slice, Tensor]]
 """Flat float32 parameters of all the model, slice by slice."""
@@ -257,6 +261,25 @@ class UpdatePlaced:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the one whose state this is, before a round has begun."""
         self._local = Replica(self._whole, self._spec, state["local"], state["version"])
+
+
+def placed(spec: OptimizerSpec, method: Method, model: ModelParameters, feedback: Feedback) -> Placement:
+    """Return where an optimizer runs.
+
+    Args:
+        spec: The user's.
+        method: Says which placement, and what the shards run in the one beside the model.
+        model: Which it trains.
+        feedback: Of the method, whose momentum and detachment matter here.
+
+    Raises:
+        OptimizerError: when the two do not go together.
+    """
+    if method.placement == "gradient":
+        return GradientPlaced(spec, getattr(feedback, "momentum", 0.0))
+    (whole,) = model.layout.slices(1)
+    outer = outer_spec(method.outer, len(spec.groups))
+    return UpdatePlaced(spec, outer, whole, model.state(whole), feedback.detached)
 
 
 def _rate(groups: Sequence[Hyperparameters]) -> float:

@@ -1,8 +1,10 @@
 """Where this worker is in the user's loop, so that a worker that was killed can go on there."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
+
+import torch
 
 from thresher.protos.errors import ConfigurationError
 
@@ -21,6 +23,28 @@ class Stateful(Protocol):
 
 
 @final
+class Schedule:
+    """The hyper-parameters of an optimizer, which schedulers move but do not keep.
+
+    Args:
+        optimizer: The user's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at it; nothing changes."""
+        self._groups = optimizer.param_groups
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of each group."""
+        return [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]], /) -> None:
+        """Set them."""
+        for group, values in zip(self._groups, state, strict=True):
+            group.update(values)
+
+
+@final
 class Progress:
     """Counts steps, batches and passes, and what the user's loop has agreed on.
 
@@ -33,30 +57,49 @@ class Progress:
         batch: Batches taken since: gradients may be accumulated over several.
         pass_step: The step at which the pass over the data began.
         taken: Batches taken in this pass.
+        schedule: Of the optimizer, once there is one; given back together with what the user keeps.
         resumed: This worker was killed before.
     """
 
     def __init__(self) -> None:
         """Begin at the first step."""
         self.step = self.batch = self.pass_step = self.taken = 0
-        self._passes = 0  # begun
-        self._to_skip = 0  # passes that were over when this worker was killed
-        self._inside = False  # the pass that begins next was begun before this worker was killed
-        self._results: list[Mapping[str, float]] = []
+        self._number = -1  # of the pass that `passes` has yielded last
+        self._begun = 0  # passes over data in it
+        self._to_skip = 0  # of them, those that were over when this worker was killed
+        self._inside = False  # the pass over data that begins next was begun before this worker was killed
+        self._resuming = False  # so was the pass that `passes` yields next
+        self._results: list[Mapping[str, float]] = []  # of agreements before the first pass, and in this one
+        self._before = 0  # how many of them are from before the first pass
+        self._forgotten = 0  # agreements of earlier passes
         self._asked = 0
         self._kept: dict[str, Stateful] = {}
         self._restored: Mapping[str, Any] = {}
+        self._scheduled: Sequence[Mapping[str, Any]] | None = None
         self._began: dict[str, Any] = {}
+        self.schedule: Schedule | None = None
         self.resumed = False
 
     # The loop
 
     def passes(self, count: int) -> Iterator[int]:
         """Yield the numbers of those of ``count`` passes that are not over yet."""
-        begin, self._to_skip = self._to_skip, 0
-        if begin or self._inside:
-            self._asked = len(self._results)
-        yield from range(begin, count)
+        begin = 0
+        if self._resuming:
+            begin, self._resuming, self._asked = self._number + 1, False, self._before
+            yield self._number
+        for number in range(begin, count):
+            self._begin_numbered(number)
+            yield number
+
+    def _begin_numbered(self, number: int) -> None:
+        if self._number < 0:
+            self._before = len(self._results)
+        self._forgotten += len(self._results) - self._before
+        del self._results[self._before :]
+        self._number, self._asked = number, self._before
+        self._begun = self._to_skip = 0
+        self._inside = False
 
     def begin_pass(self) -> bool:
         """Begin a pass over the data; False when it was over before this worker was killed."""
@@ -66,7 +109,7 @@ class Progress:
         if self._inside:
             self._inside = False
         else:
-            self._passes += 1
+            self._begun += 1
             self.pass_step, self.taken = self.step, 0
         return True
 
@@ -98,15 +141,20 @@ class Progress:
             self._kept[name] = one
             if name in self._restored:
                 one.load_state_dict(copy.deepcopy(self._restored[name]))
+        self._reschedule()
 
     def _restore(self) -> None:
         """Undo what the user's code did to kept objects on its way to the iteration that is made again."""
         for name, state in self._restored.items():
             if name in self._kept:
                 self._kept[name].load_state_dict(copy.deepcopy(state))
-        if self._restored or self._results:
-            self._asked = max(self._asked, len(self._results))
-        self._restored = {}
+        self._reschedule()
+        self._restored, self._scheduled = {}, None
+        self._asked = len(self._results)
+
+    def _reschedule(self) -> None:
+        if self.schedule is not None and self._scheduled is not None:
+            self.schedule.load_state_dict(copy.deepcopy(self._scheduled))
 
     # Agreements
 
@@ -120,7 +168,7 @@ class Progress:
     @property
     def agreements(self) -> int:
         """How many there have been."""
-        return len(self._results)
+        return self._forgotten + len(self._results)
 
     def agreed(self, result: Mapping[str, float]) -> None:
         """Remember what was agreed."""
@@ -136,18 +184,24 @@ class Progress:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on with the iteration of a `state`."""
         self.step, self.pass_step, self.taken = state["step"], state["pass_step"], state["taken"]
-        self._passes = state["passes"]
-        self._to_skip = max(0, self._passes - 1)
-        self._inside = self._passes > 0
+        self._number, self._begun = state["number"], state["begun"]
+        self._to_skip = max(0, self._begun - 1)
+        self._inside = self._begun > 0
+        self._resuming = self._number >= 0
         self._results = list(state["results"])
-        self._restored, self.resumed = state["kept"], True
+        self._before, self._forgotten = state["before"], state["forgotten"]
+        self._restored, self._scheduled, self.resumed = state["kept"], state["schedule"], True
 
     def _now(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "pass_step": self.pass_step,
             "taken": self.taken,
-            "passes": self._passes,
+            "number": self._number,
+            "begun": self._begun,
             "results": list(self._results),
+            "before": self._before,
+            "forgotten": self._forgotten,
+            "schedule": copy.deepcopy(self.schedule.state_dict()) if self.schedule is not None else None,
             "kept": {name: copy.deepcopy(one.state_dict()) for name, one in self._kept.items()},
         }

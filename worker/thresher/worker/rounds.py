@@ -20,11 +20,12 @@ from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Membership, Presence, Update, pack_presence
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker.client import Returned
+from thresher.worker.client import Returned, Settled, Told
 from thresher.worker.following import following
 from thresher.worker.joining import JoinedShard
 
 _ADMISSION_SECONDS: Final = 600.0
+_POLL_SECONDS: Final = 0.1
 
 Pending = tuple[bytes, bytes]
 """A push and its frame, as they are kept until they are answered."""
@@ -76,6 +77,7 @@ class Rounds:
         self._consistency, self._optimizer = consistency, optimizer
         self._pending: list[Pending] = []
         self._settled: list[bool] = []
+        self._pulled = 0  # bytes, when the round began
         self.number = 0
         self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
@@ -83,6 +85,10 @@ class Rounds:
     def pieces(self) -> list[tuple[Slice, Tensor]]:
         """The parameters that all workers share, slice by slice."""
         return [(shard.slice, shard.follower.parameters) for shard in self.shards]
+
+    @property
+    def _pull_bytes(self) -> int:
+        return sum(shard.client.pull_bytes for shard in self.shards)
 
     @property
     def pending(self) -> list[Pending]:
@@ -125,16 +131,16 @@ class Rounds:
     def send(self) -> None:
         """Push to all shards; returns before it has left."""
         self._settled = [False] * len(self.shards)
+        self._pulled = self._pull_bytes
         for shard, (said, frame) in zip(self.shards, self._pending, strict=True):
             self._push(shard, pb.Push.FromString(said), frame)
 
     def finish(self) -> Outcome:
         """Wait for what each shard made of the round, and follow it."""
         outcome = Outcome()
-        before = sum(shard.client.pull_bytes for shard in self.shards)
         for index, shard in enumerate(self.shards):
             self._finish_one(index, shard, outcome)
-        outcome.pulled_bytes = sum(shard.client.pull_bytes for shard in self.shards) - before
+        outcome.pulled_bytes = self._pull_bytes - self._pulled
         self.number += 1
         self._pending = []
         if self._consistency.lockstep and self.rank not in self.membership.ranks:
@@ -155,6 +161,31 @@ class Rounds:
         self.send()
         updates = self.finish().updates
         return torch.cat([update.mean.densify() for update in updates if update.mean is not None])
+
+    # Leaving
+
+    def leave(self, residual: Tensor, buffers: Mapping[str, Tensor], *, whole: bool) -> None:
+        """Leave the run at all shards.
+
+        Args:
+            residual: [numel] float32, what is given up.
+            buffers: What the model's buffers have become, for the first shard; empty from all but rank 0.
+            whole: This worker has counted its bytes since it first joined.
+        """
+        for index, shard in enumerate(self.shards):
+            kept = residual[shard.slice.begin : shard.slice.end]
+            leave = pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=whole)
+            shard.client.leave(leave, pack_state({}, buffers) if buffers and index == 0 else b"")
+
+    def abort(self, reason: str) -> None:
+        """Give up: the run fails."""
+        for shard in self.shards:
+            shard.client.abort(reason)
+
+    def close(self) -> None:
+        """Close all conversations, as they are."""
+        for shard in self.shards:
+            shard.client.close()
 
     # Coming back
 
@@ -201,7 +232,13 @@ class Rounds:
                 raise RoundFailedError(
                     f"worker {self.rank} has waited {_ADMISSION_SECONDS:.0f} s to be let into the run by {first.client}"
                 )
-            self._follow(first)
+            if first.client.silent:  # one who comes when all have left belongs to the run at once, without an update
+                time.sleep(_POLL_SECONDS)
+                answer = first.client.calls.register(first.client.registration)
+                if answer.version == first.follower.version:
+                    self.membership = membership_from_message(answer.membership)
+            else:
+                self._follow(first)
         for shard in others:
             while shard.follower.version < first.follower.version:
                 self._follow(shard)
@@ -222,6 +259,8 @@ class Rounds:
             match told:
                 case Returned():
                     returned = self._settled[index] = True
+                case Settled():
+                    self._settled[index] = True
                 case Update() if self._contains(told, push):
                     found, self._settled[index] = told, True
                 case _:
@@ -236,7 +275,7 @@ class Rounds:
     def _is_done(self, index: int, shard: JoinedShard, found: Update | None, *, only_mean: bool) -> bool:
         """True when the push has its verdict, and this worker is where the round has left the shard."""
         arrived = not self._consistency.lockstep or shard.follower.version > self.number
-        return self._settled[index] and arrived and (found is not None or not only_mean)
+        return self._settled[index] and arrived and not shard.repeats and (found is not None or not only_mean)
 
     def _was_returned(self, shard: JoinedShard, step: int) -> bool:
         answer = shard.answer
@@ -248,7 +287,7 @@ class Rounds:
         # A round may have been closed without this worker; then its push comes back.
         return update.version == push.step + 1 and (push.skipped or self.rank in update.contributors)
 
-    def _follow(self, shard: JoinedShard) -> Update | Returned | None:
+    def _follow(self, shard: JoinedShard) -> Told | None:
         """Take what a shard says next; None where this worker and the shard had to find together first."""
         try:
             told = shard.client.wait()
@@ -259,6 +298,7 @@ class Rounds:
             self._refill(shard, error)
             return None
         if isinstance(told, Update):
+            shard.repeats = False
             if told.version > shard.follower.version:
                 shard.follower.apply(told)
                 shard.overrides, shard.threshold = told.overrides, told.next_threshold
@@ -268,6 +308,7 @@ class Rounds:
 
     def _catch_up(self, shard: JoinedShard) -> None:
         """Begin again from a snapshot: what this worker lacks is no longer in the shard's log."""
+        shard.repeats = False
         snapshot = shard.client.calls.snapshot(_ADMISSION_SECONDS)
         shard.follower = following(shard.slice, self._optimizer, snapshot)
         if shard is self.shards[0] and snapshot.membership.epoch > self.membership.epoch:
@@ -282,7 +323,7 @@ class Rounds:
         Raises:
             DataLossError: where a replica is not all that the shard knew.
         """
-        follower = shard.follower
+        follower, shard.repeats = shard.follower, False
         if not self._consistency.lockstep or not isinstance(follower, Replica):
             raise DataLossError(
                 f"{error}. Only in lockstep, with updates downlink, a worker's replica replaces it; restore its state "

@@ -57,10 +57,9 @@ class Selection:
         compress = self.feedback.compress_finite if message.finite else self.feedback.compress
         return compress(message.vector, here)
 
-    def select_all(self, message: Message, number: int) -> SparseGradient:
-        """Return ``message`` and the whole residual, and keep nothing: the last push of a worker that leaves."""
-        sent = self.select(message, number).densify()
-        sent += self.residual
+    def select_all(self, message: Message | None, number: int) -> SparseGradient:
+        """Return ``message``, if there is one, and the whole residual; keep nothing: the last push of who leaves."""
+        sent = self.residual.clone() if message is None else self.select(message, number).densify() + self.residual
         self.residual.zero_()
         indices = sent.nonzero().view(-1)
         return SparseGradient(indices, sent[indices], sent.numel())

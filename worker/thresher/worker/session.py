@@ -2,53 +2,41 @@
 
 import atexit
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Final, Literal, Self, final
+from typing import Any, Final, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thresher.compression import Feedback
-from thresher.protos.errors import (
-    ConfigurationError,
-    DataLossError,
-    NonFiniteGradientError,
-    ProtocolError,
-    ThresherError,
-)
+from thresher.protos.errors import NonFiniteGradientError, ProtocolError, ThresherError
 from thresher.protos.faults import reached
 from thresher.protos.optimizers import OptimizerSpec, hyperparameters_of, spec_of
-from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.transport import check_address
 from thresher.protos.update import Presence
-from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker.batches import keyed_seed, seed_everything, share
+from thresher.worker.batches import keyed_batches
+from thresher.worker.evaluation import EvaluationPoint, evaluation_point
 from thresher.worker.joining import join
-from thresher.worker.memory import Memory
 from thresher.worker.metrics import WorkerMetrics
-from thresher.worker.outer import outer_spec
 from thresher.worker.parameters import ModelParameters
-from thresher.worker.placement import GradientPlaced, Placement, UpdatePlaced
-from thresher.worker.progress import Progress
+from thresher.worker.placement import Message, placed
+from thresher.worker.progress import Progress, Schedule
+from thresher.worker.remembering import Remembering
 from thresher.worker.rounds import Rounds
 from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings, settings_from
 from thresher.worker.statistics import WorkerStatistics
 from thresher.worker.step_hooks import StepHooks
+from thresher.worker.termination import EXIT_STATUS, Termination
 
 _logger = logging.getLogger(__name__)
 
 _NO_OPTIMIZER: Final = OptimizerSpec("Subtract", ({},))
-
-EvaluationPoint = Literal["synced", "virtual"]
 
 
 def connect(addresses: str | None = None, *, settings: Settings | None = None) -> "Session":
@@ -83,10 +71,9 @@ class Session:
             check_address(address, insecure=settings.insecure, encrypted=encrypted)
         self._settings = settings
         self._rounds = Rounds(settings.rank, (), settings.consistency, _NO_OPTIMIZER, dict)
-        self._memory: Memory | None = None
         self._progress = Progress()
-        self._repeat: dict[str, Any] | None = None  # what was kept of the step that is made again
-        self._leaving = False
+        self._remembering: Remembering | None = None
+        self._termination = Termination()
         self._metrics: WorkerMetrics | None = None
         self._selection: Selection | None = None
         self._statistics = WorkerStatistics(settings.rank)
@@ -144,10 +131,10 @@ class Session:
         if self._rounds.shards:
             raise ProtocolError("this session has wrapped an optimizer already; use one session for one model")
         spec = spec_of(optimizer)
-        self._optimizer = optimizer
+        self._optimizer, self._progress.schedule = optimizer, Schedule(optimizer)
         self._model = ModelParameters(model, optimizer)
         self._selection = Selection(self._settings, self._model.layout, spec.groups)
-        self._placement = self._placement_of(spec, self._selection.feedback)
+        self._placement = placed(spec, self._settings.method, self._model, self._selection.feedback)
         if self._settings.metrics_listen is not None:
             self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
         try:
@@ -156,7 +143,7 @@ class Session:
             self._end()
             raise
         atexit.register(self._at_exit)
-        self._hear_termination()
+        self._termination.listen()
         self._restart()
         self._count(None, compress_seconds=0.0, wait_seconds=0.0)
         StepHooks(optimizer, self._model, self._exchange, self._publish_state)
@@ -164,48 +151,19 @@ class Session:
 
     def _join(self, spec: OptimizerSpec) -> None:
         """Begin from where the shards are, and from where this worker was, if it took part before."""
-        settings = self._settings
-        kept = self._remembered()
+        settings, selection, placement = self._settings, self._selecting, self._placement
+        self._remembering = Remembering(settings, self._model, selection, placement, self._progress)
+        run = self._remembering.run
         address = self._metrics.address if self._metrics is not None else ""
-        shards = join(settings, self._model, spec, self._placement, address, resumed=kept is not None)
-        optimizer = self._placement.shard_optimizer
-        self._rounds = Rounds(self.rank, shards, settings.consistency, optimizer, self._model.untrained)
-        if kept is None:
-            self._rounds.begin()
-            self._selecting.threshold = self._selecting.threshold or shards[0].threshold
+        shards = join(settings, self._model, spec, placement, address, run=run)
+        optimizer, untrained = placement.shard_optimizer, self._model.untrained
+        self._rounds = Rounds(self.rank, shards, settings.consistency, optimizer, untrained)
+        if run is not None:
+            self._remembering.go_on(self._rounds)
             return
-        if kept["run"] != shards[0].client.history.run:
-            raise DataLossError(
-                f"worker {self.rank} remembers run {kept['run']:x} in {settings.state_dir}, the shards are in run "
-                f"{shards[0].client.history.run:x}; give it the folder of this run, or an empty one"
-            )
-        self._progress.load(kept["progress"])
-        self._selecting.load_state_dict(kept["selection"])
-        self._placement.load_state_dict(kept["placement"])
-        self._rounds.resume(kept["number"], kept["pending"])
-        self._repeat = kept
-        _logger.info("worker %d goes on with step %d", self.rank, self.step)
-
-    def _remembered(self) -> dict[str, Any] | None:
-        settings = self._settings
-        if settings.state_dir is None:
-            return None
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-        path = settings.state_dir / f"worker-{self.rank}.state"
-        identity = f"worker {self.rank}: {self._model.layout.fingerprint}, {settings.method.describe()}"
-        who = f"worker {self.rank}"
-        self._memory = Memory(path, identity, between=lambda: reached(who, "flip"))
-        for notice in self._memory.notices:
-            _logger.warning("%s", notice)
-        return self._memory.load()
-
-    def _placement_of(self, spec: OptimizerSpec, feedback: Feedback) -> Placement:
-        method, layout = self._settings.method, self._model.layout
-        if method.placement == "gradient":
-            return GradientPlaced(spec, getattr(feedback, "momentum", 0.0))
-        (whole,) = layout.slices(1)
-        outer = outer_spec(method.outer, len(spec.groups))
-        return UpdatePlaced(spec, outer, whole, self._model.state(whole), feedback.detached)
+        self._rounds.begin()
+        if selection.threshold is None:
+            selection.threshold = shards[0].threshold
 
     def batches(self, loader: "DataLoader[Any]") -> Iterator[Any]:
         """Yield one pass over this worker's share of a loader's data; randomness is keyed by (seed, rank, step).
@@ -215,21 +173,7 @@ class Session:
         it is fetched and before it is yielded, so that what a step draws depends neither on the steps before nor on how
         its data were loaded. Among several batches of one step each has a key of its own.
         """
-        if not self._progress.begin_pass():
-            return
-        seed, progress = self._settings.seed, self._progress
-        shared = share(
-            loader, seed=seed, step=progress.pass_step, rank=self.rank, workers=self.workers, skip=progress.taken
-        )
-        while True:
-            seed_everything(keyed_seed("data", seed, self.rank, progress.step, progress.batch))
-            try:
-                batch = next(shared)
-            except StopIteration:
-                return
-            seed_everything(keyed_seed("step", seed, self.rank, progress.step, progress.batch))
-            progress.begin_batch()
-            yield batch
+        yield from keyed_batches(loader, self._progress, seed=self._settings.seed, rank=self.rank, workers=self.workers)
 
     def passes(self, count: int) -> Iterator[int]:
         """Yield 0 … ``count`` - 1, as ``range(count)`` does; a worker that was killed begins at the pass it was in."""
@@ -254,11 +198,10 @@ class Session:
             RoundFailedError: when some have not asked by the deadline; the shard's log names them.
         """
         self._selecting  # noqa: B018 - it refuses before `wrap`
-        repeated = self._progress.repeated()
-        if repeated is not None:
-            return repeated
-        agreed = self._rounds.shards[0].client.agree(self._progress.agreements, values)
-        self._progress.agreed(agreed)
+        agreed = self._progress.repeated()
+        if agreed is None:
+            agreed = self._rounds.shards[0].client.agree(self._progress.agreements, values)
+            self._progress.agreed(agreed)
         return agreed
 
     def stop(self, wish: bool = False) -> bool:  # noqa: FBT001, FBT002 - reads as a question
@@ -279,17 +222,13 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        if self._rounds.shards:
-            self._model.assign(self._rounds.pieces)  # all workers end with the same parameters
         try:
-            for index, shard in enumerate(self._rounds.shards):
-                bring_buffers = self.rank == 0 and index == 0
-                buffers = pack_state({}, self._model.untrained(buffers_only=True)) if bring_buffers else b""
-                kept = self.residual[shard.slice.begin : shard.slice.end]
-                whole = not self._progress.resumed
-                shard.client.leave(pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=whole), buffers)
-            if self._memory is not None:
-                self._memory.clear()
+            if self._rounds.shards:
+                self._model.assign(self._rounds.pieces)  # all workers end with the same parameters
+                buffers = self._model.untrained(buffers_only=True) if self.rank == 0 else {}
+                self._rounds.leave(self.residual, buffers, whole=not self._progress.resumed)
+            if self._remembering is not None:
+                self._remembering.forget()
         finally:
             self._end()
 
@@ -299,8 +238,7 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        for shard in self._rounds.shards:
-            shard.client.abort(reason)
+        self._rounds.abort(reason)
         self._end()
 
     def __enter__(self) -> Self:
@@ -325,32 +263,18 @@ class Session:
 
         Args:
             point: ``synced``, the shards' x; or ``virtual``, x - mean residual, which removes the lag of what has not
-                been sent. The latter is a round of its own, dense, in which all workers must take part at the same
-                step (arXiv:2004.05298; the point at which its official code evaluates).
+                been sent: a round of its own, dense, in which all workers must take part at the same step.
 
         Raises:
             ConfigurationError: ``virtual`` makes sense only for update-placed methods without an outer optimizer.
             ProtocolError: before `wrap`.
         """
-        self._selecting  # noqa: B018 - it refuses before `wrap`
-        pieces = self._rounds.pieces
-        if point == "virtual":
-            self._check_virtual()
-            mean = self._rounds.mean(self.residual.clone())
-            pieces = [(piece, x - mean[piece.begin : piece.end]) for piece, x in pieces]
-        self._model.assign(pieces)
+        residual = self._selecting.residual
+        self._model.assign(evaluation_point(point, self._settings.method, self._rounds, residual))
         try:
             yield
         finally:
             self._show()
-
-    def _check_virtual(self) -> None:
-        method = self._settings.method
-        if method.placement != "update" or method.outer:
-            raise ConfigurationError(
-                "the virtual point x - mean residual needs a residual in units of the parameters: placement 'update', "
-                f"and no outer optimizer; this run is {method.describe()}"
-            )
 
     # The step
 
@@ -358,9 +282,13 @@ class Session:
         """Make one step: alone between rounds, and with all shards where a round is due."""
         if self._closed:
             raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
-        if self._repeat is not None:
-            self._finish_again(self._repeat)
+        remembering = self._remembering
+        if remembering is not None and remembering.kept is not None:  # killed in this step: its message is the kept one
+            self._finish()
+            remembering.repeated()
+            self._count(None, compress_seconds=0.0, wait_seconds=0.0)
             return
+        leaving = self._termination.noticed
         groups = hyperparameters_of(self._optimizer)
         overrides = self._placement.overrides(groups)
         begin = time.perf_counter()
@@ -368,25 +296,24 @@ class Session:
         reached(f"worker {self.rank}", "gradient")
         if gradient is not None:
             self._placement.take(*gradient, groups)
-        if (self.step + 1) % self._settings.method.period and not self._leaving:
+        if (self.step + 1) % self._settings.method.period and not leaving:
             self._progress.end_step()
             self._show()
             return
         message = self._placement.message()
-        select = self._selecting.select_all if self._leaving else self._selecting.select
-        sent = None if message is None else select(message, self._rounds.number)
-        presence = () if message is None or sent is None else self._model.heard(message.presence, sent)
+        sent, presence = self._select(message, leaving=leaving)
         proposal = self._selecting.propose(message, sent) if self.rank == 0 else None
         self._rounds.prepare(sent, presence, overrides, proposal, self.residual)
         reached(f"worker {self.rank}", "compress")
-        self._remember()
+        if remembering is not None:
+            remembering.keep(self._rounds)
         compressed = time.perf_counter()
         self._rounds.send()
         self._finish()
         self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
-        if self._leaving:
+        if leaving:
             self.close()
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(EXIT_STATUS)
 
     def _finish(self) -> None:
         """Hear what became of the round, and begin the next."""
@@ -397,27 +324,16 @@ class Session:
         self._progress.end_step()
         self._restart()
 
-    def _finish_again(self, kept: dict[str, Any]) -> None:
-        """Finish the step in which this worker was killed: its message is the one that was kept."""
-        self._repeat = None
-        self._finish()
-        self._model.assign_untrained(kept["untrained"])  # the forward pass was made again, on other parameters
-        self._count(None, compress_seconds=0.0, wait_seconds=0.0)
-
-    def _remember(self) -> None:
-        if self._memory is None:
-            return
-        self._memory.flip(
-            {
-                "run": self._rounds.shards[0].client.history.run,
-                "progress": self._progress.state(),
-                "number": self._rounds.number,
-                "pending": self._rounds.pending,
-                "selection": self._selecting.state_dict(),
-                "placement": self._placement.state_dict(),
-                "untrained": self._model.untrained(buffers_only=True),
-            }
-        )
+    def _select(self, message: Message | None, *, leaving: bool) -> tuple[SparseGradient | None, Presence]:
+        """Return what is sent and which tensors it speaks of; a worker that leaves sends whatever there is."""
+        if leaving:
+            sent = self._selecting.select_all(message, self._rounds.number)
+        elif message is None:
+            return None, ()
+        else:
+            sent = self._selecting.select(message, self._rounds.number)
+        present = (False,) * len(self._model.layout.trained) if message is None else message.presence
+        return sent, self._model.heard(present, sent)
 
     def _gradient(self, inverse_scale: float) -> tuple[Tensor, Presence] | None:
         """Return the model's flat gradient, and which tensors have one; None when the step is skipped."""
@@ -474,22 +390,10 @@ class Session:
     def _publish_state(self) -> None:
         self._model.publish_state(self._placement.state([shard.follower for shard in self._rounds.shards]))
 
-    def _hear_termination(self) -> None:
-        """A spot notice: the next step sends everything that was kept back, and this worker leaves."""
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._terminated)
-
-    def _terminated(self, *_: object) -> None:
-        if self._leaving:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
-        self._leaving = True
-
     def _end(self) -> None:
-        for shard in self._rounds.shards:
-            shard.client.close()
-        if self._memory is not None:
-            self._memory.close()
+        self._termination.ignore()
+        self._rounds.close()
+        if self._remembering is not None:
+            self._remembering.close()
         if self._metrics is not None:
             self._metrics.close()

@@ -71,6 +71,8 @@ class Settings:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise ConfigurationError(f"{name.replace('_', ' ')} must be finite seconds >= 0, not {seconds}")
+        if not (math.isfinite(self.threshold_factor) and self.threshold_factor > 0):
+            raise ConfigurationError(f"threshold factor must be a finite number > 0, not {self.threshold_factor}")
         if self.method.budget is not None and not self.consistency.lockstep:
             raise ConfigurationError(
                 "a budget in bytes counts rounds in which all members push, not those of "

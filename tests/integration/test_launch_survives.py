@@ -1,0 +1,120 @@
+"""What `thresher launch` survives: kills of shards and workers, a stop tonight and a start tomorrow."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.integration import launching
+from tests.integration.launching import Launched, write_script
+
+OPTIONS = ("--workers", "2", "--density", "0.05", "--restart-delay", "0.1")
+EPOCHS = 15  # of 8 steps each
+
+
+class Runs:
+    """Launchers in one folder, with one script."""
+
+    def __init__(self, folder: Path) -> None:
+        """Write the script."""
+        self.folder = folder
+        self.script = str(write_script(folder, extra="time.sleep(0.02)", epochs=EPOCHS))
+        self.started: list[Launched] = []
+
+    def start(self, name: str, *options: str, script: bool = True) -> Launched:
+        """Start one, whose run is `latest` in a folder of that name."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        self.started.append(launching.start(folder, *options, script=[self.script] if script else []))
+        return self.started[-1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Launch in a folder of this module, and leave nothing behind."""
+    runs = Runs(tmp_path_factory.mktemp("survives"))
+    yield runs
+    for launched in runs.started:
+        launching.kill(launched)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> dict[str, torch.Tensor]:
+    """The model of a run that nothing has happened to."""
+    launched = runs.start("undisturbed", *OPTIONS)
+    code, _, err = launched.finish()
+    assert code == 0, err
+    return load_file(launched.run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def resumed(runs: Runs) -> Path:
+    """The folder of a run that was stopped and resumed, with the assertions on how it went."""
+    launched = runs.start("resumed", *OPTIONS, "--name", "tonight")
+    run = launched.run.with_name("tonight")
+    launched.wait_step(40)
+    launched.process.terminate()
+    code, _, err = launched.finish()
+    assert code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in err
+    assert f"thresher launch --resume {run}\n" in err
+    assert "Traceback" not in err
+    assert not launched.left_over()
+    assert not (run / "result.json").exists()
+    code, out, err = runs.start("resumed", "--resume", str(run), "--json", "--restarts", "1", script=False).finish()
+    assert code == 0, err
+    assert json.loads(out)["sparse"]["steps"] == 8 * EPOCHS
+    return run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "iterations.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_kills_of_a_shard_and_a_worker_change_no_bit(runs: Runs, undisturbed: dict[str, torch.Tensor]) -> None:
+    """Kill -9 of both in mid-run: they come back, the log says so, the final model is that of the undisturbed run."""
+    launched = runs.start("killed", *OPTIONS)
+    launched.wait_step(20)
+    os.kill(launched.pids("--shard 0")[0], signal.SIGKILL)
+    launched.wait_step(60)
+    os.kill(launched.pids(runs.script)[-1], signal.SIGKILL)
+    code, _, err = launched.finish()
+    assert code == 0, err
+    assert same(load_file(launched.run / "model.safetensors"), undisturbed)
+    assert [row["version"] for row in rows(launched.run)] == list(range(1, 8 * EPOCHS + 1))
+    told = (launched.run / "launch.log").read_text(encoding="utf-8")
+    assert told.count("signal SIGKILL; started again in 0.1 s") == 2
+    assert "shard 0 is started again (1 of 3)" in told
+    assert not launched.left_over()
+
+
+def test_a_stopped_run_goes_on(resumed: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    """SIGTERM in mid-run, then --resume: the final model is that of the undisturbed run, no row is lost or doubled."""
+    assert same(load_file(resumed / "model.safetensors"), undisturbed)
+    assert [row["version"] for row in rows(resumed)] == list(range(1, 8 * EPOCHS + 1))
+
+
+def test_a_finished_run_says_so(runs: Runs, resumed: Path) -> None:
+    """--resume of a finished run starts nothing, and shows its results again."""
+    before = (resumed / "worker-0.log").read_bytes()
+    code, out, err = runs.start("resumed", "--resume", str(resumed), "--json", script=False).finish()
+    assert code == 0, err
+    assert "is finished" in err
+    assert json.loads(out)["sparse"]["steps"] == 8 * EPOCHS
+    assert (resumed / "worker-0.log").read_bytes() == before
+
+
+def test_what_would_make_it_another_run_is_refused(runs: Runs, resumed: Path) -> None:
+    """The method, the mode or another script beside --resume: exit code 2, each named."""
+    code, _, err = runs.start("resumed", "--resume", str(resumed), "--density", "0.1", "--mode", "async").finish()
+    assert code == 2
+    assert "leave out --density, --mode, the script beside --resume" in " ".join(err.split())

@@ -1,0 +1,147 @@
+"""Every wait has a deadline, and before it fails it says who is missing."""
+
+from dataclasses import replace
+
+import pytest
+from tests.server.dialogues import (
+    CONFIG,
+    NUMEL,
+    SSP,
+    close_round,
+    hello,
+    leave,
+    of,
+    only,
+    parameters,
+    push,
+    register,
+    say,
+    seed,
+    training,
+)
+
+from thresher.protos.errors import RoundFailedError
+from thresher.protos.optimizers import OptimizerSpec, Override
+from thresher.server import effects, events
+from thresher.server.events import Worker
+from thresher.server.shard import Shard
+
+
+def failure(shard: Shard, now: float) -> str:
+    return only(effects.Failed, say(shard, events.Tick(), now)).reason
+
+
+def test_a_worker_that_never_comes_is_named() -> None:
+    """The first round waits as long as the start may take, then names worker, round and shard."""
+    shard = Shard(CONFIG)
+    for event in (register(0), seed(), hello(0), push(0, 0)):
+        say(shard, event)
+    assert [type(effect) for effect in say(shard, events.Tick(), 99.0)] == [effects.Notice]
+    reason = failure(shard, 100.0)
+    assert "round 0 of shard 0 was open for 100.0 s, its deadline: worker 1 has never registered" in reason
+
+
+def test_a_worker_that_registered_and_stays_silent_is_named() -> None:
+    """It has come, so the message says what it has not done."""
+    shard = Shard(CONFIG)
+    for event in (register(0), register(1), seed(), hello(0), push(0, 0)):
+        say(shard, event)
+    assert "worker 1 (host:1) has registered but not begun to exchange" in failure(shard, 100.0)
+
+
+def test_a_slow_worker_is_named_and_never_evicted() -> None:
+    """Notices at 10, 20, 40 … seconds, then the deadline; a push in between is welcome."""
+    shard = training(round_timeout=90.0)
+    say(shard, push(0, 0), 0.0)
+    noticed = [second for second in range(90) if say(shard, events.Tick(), float(second))]
+    assert noticed == [10, 20, 40, 80]
+    assert of(effects.Publish, say(shard, push(1, 0), 89.0))
+    say(shard, push(0, 1), 100.0)
+    assert not say(shard, events.Tick(), 109.0)
+    assert "worker 1 (host:1) is connected but has not pushed, after 1 steps" in failure(shard, 190.0)
+
+
+def test_a_lost_worker_is_named_while_its_lease_runs() -> None:
+    """The notice says how long it has been away; after the lease the others go on."""
+    shard = training(lease=25.0)
+    say(shard, push(0, 0), 0.0)
+    say(shard, events.Disconnect(Worker(1, 1)), 1.0)
+    notice = only(effects.Notice, say(shard, events.Tick(), 11.0))
+    assert "has been open for 11 s: worker 1 (host:1) lost its connection 10.0 s ago, after 0 steps" in notice.text
+    assert not of(effects.Failed, say(shard, events.Tick(), 26.0))
+
+
+def test_a_push_that_waits_for_the_slowest_has_the_same_deadline() -> None:
+    """In ssp it is held, not in a round; the slow one is named."""
+    shard = training(2, SSP)
+    for step in range(3):
+        say(shard, push(0, step))
+    assert "worker 1 (host:1) is connected but has not pushed" in failure(shard, CONFIG.round_timeout)
+
+
+def test_a_round_without_pushes_waits_for_ever() -> None:
+    """A worker that evaluates for hours is let alone while nobody waits for it."""
+    shard = training()
+    close_round(shard, (0, 1), 0)
+    assert say(shard, events.Tick(), 1e6) == []
+
+
+def test_after_a_failure_everybody_hears_why() -> None:
+    """Worker, reason, and when; nothing more happens, and what a failure may have spoilt is not kept."""
+    shard = training()
+    reason = only(effects.Failed, say(shard, events.Abort(Worker(1, 1), "CUDA out of memory"))).reason
+    assert reason == "worker 1 (host:1) stopped after 0 steps: CUDA out of memory"
+    assert (shard.statistics().state, shard.statistics().failure) == ("failed", reason)
+    for event in (push(0, 0), hello(1), register(1), leave(0), seed(), events.Agree(Worker(0, 1), 0, {})):
+        with pytest.raises(RoundFailedError, match="CUDA out of memory"):
+            say(shard, event)
+    assert say(shard, events.Tick(), 1000.0) == []
+    assert say(shard, events.Drain()) == []
+    assert say(shard, events.Abort(Worker(0, 1), "me too")) == []
+
+
+def test_what_the_shard_needs_may_fail() -> None:
+    """Its journal, say: the run cannot go on, and says so."""
+    shard = training()
+    assert say(shard, events.Fail("the disk is gone")) == [effects.Failed("the disk is gone")]
+    with pytest.raises(RoundFailedError, match="the disk is gone"):
+        say(shard, push(0, 0))
+
+
+def test_a_shard_that_ends_writes_what_it_knows() -> None:
+    """And waits until it is on disk; before the seed there is nothing to write."""
+    assert only(effects.Checkpoint, say(training(), events.Drain())).wait
+    assert say(Shard(CONFIG), events.Drain()) == []
+
+
+def test_a_mean_that_overflows_is_not_applied() -> None:
+    """Finite pushes can sum to infinity: the run fails before the model is spoilt."""
+    shard = training()
+    say(shard, push(0, 0, 3e38))
+    failed = only(effects.Failed, say(shard, push(1, 0, 3e38)))
+    assert "the mean of round 0 overflows float32" in failed.reason
+    assert parameters(shard) == [0.0] * NUMEL
+
+
+def test_a_switch_thrown_midway_that_torch_cannot_follow_fails_the_run() -> None:
+    """Nobody waits for a round that cannot be applied: all are told, with the hyper-parameter in question."""
+    adam = OptimizerSpec("Adam", ({"lr": 1.0, "amsgrad": False},))
+    shard = Shard(replace(CONFIG, workers=1))
+    for event in (register(0, workers=1, optimizer=adam), seed(), hello(0), push(0, 0)):
+        say(shard, event)
+    done = say(shard, push(0, 1, overrides=(Override(0, "amsgrad", True),)))
+    assert "amsgrad" in only(effects.Failed, done).reason
+    assert not of(effects.Append, done)
+    assert shard.statistics().version == 1
+    assert say(shard, events.Drain()) == []
+
+
+def test_disagreeing_byte_counts_are_noticed() -> None:
+    """Law 9 is checked at every leave that can know: the operator hears both counts."""
+    shard = training()
+    close_round(shard, (0, 1), 0)
+    pulled = shard.statistics().members[0].pull_bytes
+    exact = leave(0, push_bytes=100, pull_bytes=pulled, counted=True)
+    assert not of(effects.Notice, say(shard, exact))
+    notice = only(effects.Notice, say(shard, leave(1, push_bytes=100, pull_bytes=pulled + 1, counted=True)))
+    assert f"counts 100 bytes pushed and {pulled + 1} pulled, this shard 100 and {pulled}" in notice.text
