@@ -50,7 +50,7 @@ MODES: Final = {
     "async": Consistency("async"),
 }
 _POLL_SECONDS: Final = 0.02
-_PATIENCE_SECONDS: Final = 120.0
+_PATIENCE_SECONDS: Final = 60.0
 
 
 @dataclass
