@@ -25,7 +25,7 @@ from thresher.deploy.in_process import in_process
 from thresher.protos.codec import encode
 from thresher.protos.sparse import SparseGradient
 from thresher.server.metrics import ShardMetrics
-from thresher.v1 import aggregation_pb2
+from thresher.v1 import aggregation_pb2, records_pb2
 from thresher.worker import Method, Session, Settings
 from thresher.worker.metrics import WorkerMetrics
 
@@ -73,8 +73,9 @@ def names() -> dict[str, set[str]]:
             inside |= defined(node)
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, set()).update(members(node))
-    for message in aggregation_pb2.DESCRIPTOR.message_types_by_name.values():
-        found.setdefault(message.name, set()).update(message.fields_by_name)
+    for file in (aggregation_pb2.DESCRIPTOR, records_pb2.DESCRIPTOR):
+        for message in file.message_types_by_name.values():
+            found.setdefault(message.name, set()).update(message.fields_by_name)
     for service in aggregation_pb2.DESCRIPTOR.services_by_name.values():
         found.setdefault(service.name, set()).update(method.name for method in service.methods)
     return found
@@ -208,7 +209,7 @@ def test_every_option_exists(page: Path) -> None:
     everywhere = set().union(*options().values(), script_options())
     spoken = {option for one in ticked(page) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", one)}
     assert not sorted(spoken - everywhere)
-    for command, arguments in re.findall(r"thresher (launch|serve)((?: [^\s`]+)*)", text):
+    for command, arguments in re.findall(r"thresher (launch|serve|replay|certs)((?: [^\s`]+)*)", text):
         own = re.split(r"\S+\.py\b", arguments)[0]
         assert not sorted(set(re.findall(r"--[a-z][a-z-]+", own)) - options()[command]), arguments
 
@@ -222,7 +223,7 @@ def script_options() -> set[str]:
 
 @each_page
 def test_every_environment_variable_exists(page: Path) -> None:
-    environment = set(Settings(("a:1",), 0, 1, metrics_listen="a:2").environment())
+    environment = set(Settings(("a:1",), 0, 1, state_dir=Path("a"), metrics_listen="a:2").environment())
     environment |= {"THRESHER_TOKEN_FILE", "THRESHER_FAULTS"}  # not all of them are set at a time
     environment |= {f"THRESHER_{field.name.upper()}" for field in fields(Method)}  # not all of them are set at a time
     environment |= {str(param.envvar) for params in parameters().values() for param in params if param.envvar}

@@ -3,33 +3,31 @@
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tests.worker.conversing import Proxy
+from tests.worker.training import abandon
 from torch import nn
 
 from thresher.deploy.in_process import InProcess, in_process
 from thresher.protos.errors import (
     ConnectionTimeoutError,
+    FencedError,
     LayoutError,
     RegistrationError,
     RoundFailedError,
     ThresherError,
 )
-from thresher.protos.optimizers import spec_of
+from thresher.server.config import ShardConfig
 from thresher.server.server import ServerConfig, ShardServer
-from thresher.server.shard import ShardConfig
-from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Session, Settings, connect
-from thresher.worker.client import ShardClient
-from thresher.worker.joining import _registration
 from thresher.worker.parameters import ModelParameters
-from thresher.worker.placement import GradientPlaced
 
 
 def wrapped(session: Session, **options: Any) -> torch.optim.Optimizer:
@@ -55,17 +53,6 @@ def told(cluster: InProcess, work: Callable[[Session], None]) -> dict[int, str]:
     with pytest.raises(ThresherError):
         cluster.run(remembered)
     return found
-
-
-def registration(addresses: tuple[str, ...], rank: int, shard: int) -> pb.RegisterRequest:
-    """Register as a worker of two that wraps what `wrapped` wraps."""
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    spec = spec_of(optimizer)
-    settings = Settings(addresses, rank, workers=2, method=Method(threshold=0.0))
-    request = _registration(settings, ModelParameters(model, optimizer), spec, GradientPlaced(spec))
-    request.shard, request.incarnation = shard, 1
-    return request
 
 
 @contextmanager
@@ -130,13 +117,17 @@ def test_a_worker_that_does_not_come() -> None:
 
 
 def test_two_workers_with_one_rank() -> None:
-    """The second one is refused, and told who has the rank; the first goes on."""
-    with in_process(shards=2, workers=1) as cluster, cluster.connect(0) as session:
-        optimizer = wrapped(session)
-        with pytest.raises(RegistrationError, match=r"rank 0 is taken by worker 0 \(.+\), which is exchanging"):
-            wrapped(cluster.connect(0))
+    """The newer one takes the place of the older one, which is told who has; the newer one goes on."""
+    with in_process(shards=2, workers=1) as cluster, cluster.connect(0) as newer:
+        older = cluster.connect(0)
+        fenced = wrapped(older)
+        fenced.step()
+        optimizer = wrapped(newer)
+        with pytest.raises(FencedError, match=r"worker 0 was replaced by worker 0 \(.+\): two workers cannot have one"):
+            fenced.step()
+        older.abort("what it says does not count any more")
         optimizer.step()
-        assert session.step == 1
+        assert [shard.version for shard in cluster.statistics()] == [2, 2]
 
 
 def test_another_number_of_workers() -> None:
@@ -224,35 +215,61 @@ def test_a_worker_that_stops_tells_why() -> None:
         assert "stopped after 1 steps: out of memory: no chance" in text
 
 
-def test_a_worker_that_is_lost() -> None:
-    """When a connection breaks without a word, the others end after the lease and name it."""
+def moved(session: Session, steps: int, before: Callable[[int], None] = lambda step: None) -> list[float]:
+    """Make steps with gradients of ones, and return how far each of them moved the parameters, in learning rates."""
+    optimizer = wrapped(session)
+    (weight, _) = optimizer.param_groups[0]["params"]
+    found = []
+    for step in range(steps):
+        before(step)
+        earlier = weight.detach().clone()
+        optimizer.step()
+        found.append(((earlier - weight.detach()) / 0.5).mean().item())
+    return found
 
-    def work(session: Session) -> None:
-        optimizer = wrapped(session)
-        optimizer.step()
+
+def test_a_worker_that_is_lost() -> None:
+    """When its lease is over the others go on: one round divided by all without it, then the rest share the mean."""
+
+    def work(session: Session) -> list[float]:
+        found = moved(session, 1 if session.rank == 1 else 4)
         if session.rank == 1:
-            for shard in session._rounds.shards:
-                shard.client.close()
-            return
-        optimizer.step()
+            abandon(session)
+        return found
 
     with in_process(shards=2, workers=3, lease=0.1) as cluster:
-        found: dict[int, str] = {}
-        sessions = [cluster.connect(rank) for rank in range(3)]
+        results = cluster.run(work)
+        shards = cluster.statistics()
+    for rank in (0, 2):
+        assert results[rank] == pytest.approx([1, 2 / 3, 1, 1], abs=1e-6)
+    for shard in shards:
+        assert [(member.state, member.steps) for member in shard.members] == [("left", 4), ("lost", 1), ("left", 4)]
+        assert not shard.failure
 
-        def one(session: Session) -> None:
-            try:
-                work(session)
-            except RoundFailedError as error:
-                found[session.rank] = str(error)
 
-        with ThreadPoolExecutor(3) as pool:
-            for future in [pool.submit(one, session) for session in sessions]:
-                future.result()
-        for session in sessions:
-            session.abort("the test is over")
-    assert found.keys() == {0, 2}
-    assert all("worker 1" in text and "lost its connection" in text for text in found.values())
+def test_a_worker_that_comes_back_in_time() -> None:
+    """Within its lease it is waited for: no round is without it, though its connections broke."""
+
+    def cut(step: int) -> None:
+        for proxy in proxies if step == 2 else ():
+            proxy.hold(0.2)
+
+    def work(session: Session) -> list[float]:
+        if session.rank != 1:
+            return moved(session, 4)
+        addresses = tuple(proxy.address for proxy in proxies)
+        with connect(settings=replace(session._settings, addresses=addresses)) as proxied:
+            return moved(proxied, 4, before=cut)
+
+    with in_process(shards=2, workers=3, lease=60.0) as cluster:
+        proxies = [Proxy(address) for address in cluster.addresses]
+        results = cluster.run(work)
+        shards = cluster.statistics()
+        for proxy in proxies:
+            proxy.close()
+    assert all(found == pytest.approx([1, 1, 1, 1], abs=1e-6) for found in results)
+    assert all(member.steps == 4 for shard in shards for member in shard.members)
+    assert all(proxy.cuts for proxy in proxies)
 
 
 def test_a_worker_that_is_slow() -> None:
@@ -281,19 +298,19 @@ def test_a_worker_that_is_slow() -> None:
 
 
 def test_a_shard_that_is_lost() -> None:
-    """The workers that wait for it name it and its address."""
+    """The workers look for it until their patience ends; then they name it and its address."""
     ready, stopped = threading.Barrier(2, timeout=60), threading.Event()
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
 
     def work() -> str:
-        session = connect(settings=Settings((address,), rank=0, workers=1))
+        session = connect(settings=Settings((address,), rank=0, workers=1, reconnect_timeout=0.3))
         optimizer = wrapped(session)
         optimizer.step()
         ready.wait()
         assert stopped.wait(timeout=60)
-        with pytest.raises(RoundFailedError) as caught:
+        with pytest.raises(ConnectionTimeoutError) as caught:
             optimizer.step()
         session.abort("no shard")
         return str(caught.value)
@@ -303,18 +320,22 @@ def test_a_shard_that_is_lost() -> None:
             worker = pool.submit(work)
             ready.wait()
         stopped.set()
-        assert f"worker 0 has lost shard 0 at {address}" in worker.result()
+        assert f"worker 0 has lost shard 0 at {address}, and not found it again" in worker.result()
 
 
 def test_a_worker_that_fails_while_joining_tells_the_others() -> None:
     """A worker that shard 0 took and shard 1 refuses does not leave those waiting who have joined: they read why."""
+
+    def work(session: Session) -> None:
+        if session.rank == 0:
+            wrapped(session).step()
+            return
+        twice = (cluster.addresses[0],) * 2  # the second address is wrong
+        wrapped(connect(settings=replace(session._settings, addresses=twice)))
+
     with in_process(shards=2, workers=2) as cluster:
-        taker = ShardClient(1, cluster.addresses[1], rank=1, incarnation=1)  # has rank 1 on the second shard only
-        taker.wait_ready(time.monotonic() + 60.0)
-        taker.register(registration(cluster.addresses, rank=1, shard=1))
-        found = told(cluster, lambda session: wrapped(session).step())
-        taker.close()
-    assert found[1].startswith("RegistrationError: rank 1 is taken")
+        found = told(cluster, work)
+    assert found[1].startswith("RegistrationError")
     assert found[0].startswith("RoundFailedError")
     assert found[1] in found[0]
 

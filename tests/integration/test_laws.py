@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from thresher.compression import Compressor, ErrorFeedback, HardThreshold, Identity, TopK
 from thresher.deploy.in_process import InProcess, in_process
 from thresher.worker import Method, Session
-from thresher.worker.client import ShardClient
+from thresher.worker.calls import ShardCalls
 
 BATCH = 4
 FEATURES = 6
@@ -283,9 +283,7 @@ def test_replicas_are_the_shards(shards: int, placement: Any) -> None:
         model = models[session.rank]
         optimizer = job.optimizer(model)
         session.wrap(model, optimizer)
-        readers = [
-            ShardClient(shard, address, session.rank, incarnation=0) for shard, address in enumerate(cluster.addresses)
-        ]
+        readers = [ShardCalls(shard, address, "a test") for shard, address in enumerate(cluster.addresses)]
         for step in range(job.steps):
             job.backward(model, session.rank, step)
             optimizer.step()

@@ -303,7 +303,7 @@ def test_pushes_of_the_open_round_come_again_after_a_crash() -> None:
 
 
 def test_who_comes_back_gets_what_it_lacks() -> None:
-    """From the log while it is there, else it needs a snapshot."""
+    """From the log while it is there, for a minute behind a snapshot at least; else it needs a snapshot."""
     shard = training()
     before = history_of(shard)
     close_round(shard, (0, 1), 0)
@@ -311,6 +311,9 @@ def test_who_comes_back_gets_what_it_lacks() -> None:
     assert missed.update.version == 1
     for step in (1, 2, 3):
         close_round(shard, (0, 1), step)
+    backlog = only(effects.Backlog, say(shard, hello(1, before))).updates
+    assert [missed.update.version for missed in backlog] == [1, 2, 3, 4], "its snapshot was taken just now"
+    close_round(shard, (0, 1), 4, now=60.0)
     with pytest.raises(BehindError, match="take a snapshot"):
         say(shard, hello(1, before))
 

@@ -252,16 +252,18 @@ def _check_durability(state_dir: Path | None, durability: str | None) -> None:
 async def _serve(config: "ServerConfig", *, until_stdin_closes: bool) -> None:  # type: ignore[name-defined]  # noqa: F821
     from thresher.server.server import ShardServer
 
+    begin = time.monotonic()  # the imports are done
     server = ShardServer(config)
     await server.start()
+    seconds = round(time.monotonic() - begin, 3)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_kill, stop, number)
     if until_stdin_closes:
         threading.Thread(target=_wait_eof, args=(loop, stop), name="stdin", daemon=True).start()
-    ready = {"shard": config.shard.shard, "address": server.address, "metrics": server.metrics_address}
-    typer.echo(json.dumps(ready))
+    where = {"address": server.address, "metrics": server.metrics_address}
+    typer.echo(json.dumps({"shard": config.shard.shard, **where, "seconds": seconds}))
     await stop.wait()
     await server.stop()
 

@@ -1,7 +1,7 @@
 """What workers are told of closed rounds, and what those are told who come back."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
 from thresher.protos.errors import BehindError, DataLossError, LostHistoryError
 from thresher.protos.sealed import SealedUpdate, with_assignments
@@ -12,6 +12,8 @@ from thresher.server.log import UpdateLog
 from thresher.server.members import Member
 from thresher.server.shadow import Shadow
 from thresher.server.state import RunState
+
+_PIN_SECONDS: Final = 60.0
 
 
 @final
@@ -26,6 +28,7 @@ class Feed:
     def __init__(self, state: RunState, cap_bytes: int) -> None:
         """Begin at the version of ``state``."""
         self._state = state
+        self._pins: list[tuple[int, float]] = []  # versions of which snapshots were taken, and until when they count
         self._log = UpdateLog(cap_bytes, state.version)
         if state.newest is not None:
             self._log = UpdateLog(cap_bytes, state.version - 1)
@@ -116,9 +119,15 @@ class Feed:
             return []
         return [Publish(newest.sealed, (push.worker.rank,))]
 
-    def cut(self) -> None:
-        """Forget what all members are known to have."""
-        oldest = min((member.version for member in self._state.members.counted), default=0)
+    def pin(self, now: float) -> None:
+        """Keep what follows the newest version: somebody takes a snapshot of it, and will ask for the rest."""
+        self._pins.append((self._state.version, now + _PIN_SECONDS))
+
+    def cut(self, now: float) -> None:
+        """Forget what all members are known to have, and nobody with a snapshot will ask for."""
+        self._pins = [(version, until) for version, until in self._pins if until > now]
+        known = [member.version for member in self._state.members.counted] or [0]
+        oldest = min(known + [version for version, _ in self._pins])
         self._log.cut(oldest)
         if self._state.shadow is not None:
             self._state.shadow.cut(oldest)

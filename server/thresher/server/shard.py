@@ -78,8 +78,7 @@ class Shard:
             case events.Push() | events.Agree() | events.Leave() | events.Abort() | events.Disconnect():
                 return self._take_part(event, now)
             case events.ReadState():
-                if self._state.replica is None:
-                    self._refuse_after_failure()
+                self._feed.pin(now)
                 return [self._state.snapshot()]
             case events.Drain():  # what a failure has spoilt is not kept: the log has all that came before
                 return [] if self._failure else self._checkpoint(wait=True)
@@ -293,7 +292,7 @@ class Shard:
         )
         state.deliver(closed)
         self._last_row = self._row(closed)
-        self._feed.cut()
+        self._feed.cut(now)
         due = self._config.checkpoint_every and state.version % self._config.checkpoint_every == 0
         checkpoint = self._checkpoint(wait=False) if due else []
         return [effects.Append(closed), *publications, effects.WriteRow(self._last_row), *checkpoint]
