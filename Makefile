@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 DATA ?= ../shared/data
 TRAIN_OPTIONS ?= --shards 2 --workers 4 --density 0.01 --baseline
 TEST_OPTIONS ?= -m "not slow"
+STORM_OPTIONS ?= --kills 200 --other-kills 50 --steps 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-slow test-wheel fuzz check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel fuzz storm check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +31,9 @@ test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters
 
 fuzz: $(VENV)/.with-test ## feed a million damaged frames to the decoder; some minutes
 	$(BIN)/python tests/protos/fuzz_frames.py --inputs 1000000 --seed 0
+
+storm: $(VENV)/.with-examples ## kill shards and workers hundreds of times, in every mode; half an hour
+	$(BIN)/python benchmarks/storm.py $(STORM_OPTIONS)
 
 # Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts
 # many processes is left to `make test`: it would find the same code.

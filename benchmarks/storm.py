@@ -51,6 +51,7 @@ MODES: Final = {
     "async": Consistency("async"),
 }
 _POLL_SECONDS: Final = 0.02
+_PRESS_SECONDS: Final = 2.0
 _PATIENCE_SECONDS: Final = 120.0
 
 
@@ -149,7 +150,7 @@ class Storm:
             self.workers = [stack.enter_context(self._worker(rank)) for rank in range(WORKERS)]
             self._rage()
             self._allow(self.steps)
-            self._wait(lambda: all(worker.code == 0 for worker in self.workers), "all workers to end", restart=True)
+            self._wait(lambda: all(worker.code == 0 for worker in self.workers), "all workers to end")
             self._read_final()
 
     def _rage(self) -> None:
@@ -158,7 +159,7 @@ class Storm:
             if self._allowed >= self.steps - 2 * CHECKPOINT_EVERY:
                 raise RuntimeError(f"{self.mode}: {self.result.kills} kills in {self.steps} steps; allow more steps")
             self._allow(self._allowed + 1)
-            self._wait(lambda before=before: self._rounds() > before, "a round to close", restart=True)
+            self._wait(lambda before=before: self._rounds() > before, "a round to close", pressing=True)
             self._kill(*self._choose())
         self.result.kills_by_phase = dict(sorted(self._by_phase.items()))
         if self._recoveries:
@@ -182,7 +183,7 @@ class Storm:
             victim.kill()
             victim.start()
         self._allow(self._allowed + (CHECKPOINT_EVERY if phase == "checkpoint" else 1))
-        self._wait(lambda: victim.code is not None, f"{victim.name} to reach {phase!r}")
+        self._wait(lambda: victim.code is not None, f"{victim.name} to reach {phase!r}", pressing=True)
         if victim.code != -signal.SIGKILL or arm.exists():
             raise RuntimeError(f"{victim.name} ended with {victim.code}:\n{victim.tail()}")
         self.result.kills += 1 + (phase == "recovery")
@@ -213,13 +214,15 @@ class Storm:
         except ThresherError:
             return None
 
-    def _wait(self, what: Callable[[], bool], text: str, *, restart: bool = False) -> None:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    def _wait(self, what: Callable[[], bool], text: str, *, pressing: bool = False) -> None:
+        """Wait; while ``pressing``, workers are allowed more: with a quorum a slow one may need the others' pushes."""
+        begin = pressed = time.monotonic()
         while not what():
-            for process in (*self.shards, *self.workers) if restart else ():
-                if process.code not in (None, 0):
-                    raise RuntimeError(f"{process.name} ended with {process.code}:\n{process.tail()}")
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if pressing and now - pressed > _PRESS_SECONDS:
+                pressed = now
+                self._allow(self._allowed + 1)
+            if now - begin > _PATIENCE_SECONDS:
                 tails = "\n".join(f"{p.name}: {p.tail()}" for p in (*self.shards, *self.workers))
                 raise RuntimeError(f"{self.mode}: waited {_PATIENCE_SECONDS:.0f} s for {text}\n{tails}")
             time.sleep(_POLL_SECONDS)

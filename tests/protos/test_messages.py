@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher.protos.codec import encode
-from thresher.protos.errors import FrameError, LayoutError, OptimizerError, ProtocolError
-from thresher.protos.layout import Layout, Slice, TensorSpec
+from thresher.protos.consistency import Consistency
+from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, OptimizerError
+from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.messages import (
     CHUNK_BYTES,
     Payload,
     chunks,
+    consistency_from_message,
+    consistency_to_message,
     layout_from_message,
     layout_to_message,
     optimizer_from_message,
@@ -21,12 +24,9 @@ from thresher.protos.messages import (
     overrides_from_messages,
     overrides_to_messages,
     payload_bound,
-    update_from_message,
-    update_to_messages,
 )
 from thresher.protos.optimizers import SUPPORTED, OptimizerSpec, Override
 from thresher.protos.sparse import SparseGradient
-from thresher.protos.update import Update
 from thresher.v1 import aggregation_pb2 as pb
 
 names = st.text("abc.é_0", min_size=1, max_size=8)
@@ -75,6 +75,28 @@ def test_overrides_round_trip(overrides: tuple[Override, ...]) -> None:
     assert overrides_from_messages(overrides_to_messages(overrides)) == overrides
 
 
+@pytest.mark.parametrize(
+    "consistency",
+    [
+        Consistency(),
+        Consistency(quorum=3, grace=0.5, max_staleness=7),
+        Consistency("ssp", staleness=4),
+        Consistency("async", downlink="shadow", shadow_threshold=0.003),
+    ],
+    ids=Consistency.describe,
+)
+def test_consistency_round_trip(consistency: Consistency) -> None:
+    """When rounds close comes back equal, and passes through bytes."""
+    message = pb.Consistency.FromString(consistency_to_message(consistency).SerializeToString())
+    assert consistency_from_message(message) == consistency
+
+
+def test_an_unknown_mode_is_refused_when_it_is_read() -> None:
+    """Also the empty one, of a worker that does not know modes."""
+    with pytest.raises(ConfigurationError, match="mode must be one of sync, ssp, async, not ''"):
+        consistency_from_message(pb.Consistency())
+
+
 def test_a_hyperparameter_without_a_value_is_refused() -> None:
     """An empty value is no default."""
     with pytest.raises(OptimizerError, match="without a value"):
@@ -95,77 +117,6 @@ def test_a_negative_size_is_refused() -> None:
 
 
 PIECE = Layout((TensorSpec("a", (4,), "float32"), TensorSpec("b", (5,), "float32"))).shard_slice(0, 1)
-
-
-@st.composite
-def updates(draw: st.DrawFn, piece: Slice = PIECE) -> Update:
-    ranks = draw(st.sets(st.integers(0, 5), min_size=1))
-    skipped = draw(st.booleans())
-    heard = () if skipped else tuple(sorted(draw(st.sets(st.sampled_from(sorted(ranks)), min_size=1))))
-    kept = sorted(draw(st.sets(st.integers(0, piece.numel - 1))))
-    numbers = draw(st.lists(st.floats(width=32, allow_nan=False), min_size=len(kept), max_size=len(kept)))
-    mean = SparseGradient(torch.tensor(kept, dtype=torch.int64), torch.tensor(numbers), piece.numel)
-    return Update(
-        version=draw(st.integers(1, 2**60)),
-        members=len(ranks),
-        contributors=heard,
-        mean=None if skipped else mean,
-        presence=draw(st.tuples(*[st.booleans()] * len(piece.segments))),
-        overrides=draw(override_lists),
-        next_threshold=draw(st.none() | st.floats(0, 10)),
-        only_mean=draw(st.booleans()),
-        pushed_elements=draw(st.integers(0, 2**40)),
-        push_bytes=draw(st.integers(0, 2**40)),
-    )
-
-
-def received(messages: list[pb.ExchangeResponse], piece: Slice) -> Update:
-    """What a worker makes of the messages, after they went through bytes."""
-    first, *others = [pb.ExchangeResponse.FromString(message.SerializeToString()) for message in messages]
-    payload = Payload(first.payload_bytes, payload_bound(piece))
-    complete = payload.add(first.chunk)
-    for message in others:
-        assert message.WhichOneof("body") is None
-        complete = payload.add(message.chunk)
-    assert complete
-    return update_from_message(first.update, payload.data, piece)
-
-
-def assert_equal(one: Update, other: Update) -> None:
-    assert (one.mean is None) == (other.mean is None)
-    if one.mean is not None and other.mean is not None:
-        assert one.mean.equals(other.mean)
-    names = ("version", "members", "contributors", "presence", "overrides", "next_threshold", "only_mean")
-    for name in (*names, "pushed_elements", "push_bytes"):
-        assert getattr(one, name) == getattr(other, name), name
-
-
-@given(updates())
-def test_update_round_trip(update: Update) -> None:
-    """An update comes back as it was: who contributed too, when the members are not the first ranks."""
-    assert_equal(received(update_to_messages(update), PIECE), update)
-
-
-def test_a_large_update_travels_in_chunks() -> None:
-    """No message carries more than a chunk, and only the first has a body."""
-    numel = CHUNK_BYTES // 2  # two MiB of values
-    piece = Layout((TensorSpec("w", (numel,), "float32"),)).shard_slice(0, 1)
-    update = Update(1, 2, (0, 1), SparseGradient.dense(torch.rand(numel)), (True,))
-    messages = update_to_messages(update)
-    assert len(messages) == 3
-    assert max(len(message.chunk) for message in messages) == CHUNK_BYTES
-    assert_equal(received(messages, piece), update)
-
-
-def test_an_update_for_another_slice_is_refused() -> None:
-    """A frame of another length, or presence of other tensors, is refused by name."""
-    update = Update(1, 1, (0,), SparseGradient.empty(9), (True, False))
-    (message,) = update_to_messages(update)
-    with pytest.raises(FrameError, match="numel"):
-        update_from_message(message.update, bytearray(encode(SparseGradient.empty(8))), PIECE)
-    message.update.presence = b"\xff"
-    with pytest.raises(ProtocolError, match="beyond the 2 of this shard"):
-        update_from_message(message.update, bytearray(message.chunk), PIECE)
 
 
 sizes = st.integers(0, 3) | st.sampled_from([CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES])
@@ -215,8 +166,9 @@ def test_a_huge_claim_is_refused_before_anything_is_allocated() -> None:
         tracemalloc.stop()
 
 
-@given(updates().filter(lambda update: update.mean is not None))
-def test_every_frame_of_a_slice_is_within_its_bound(update: Update) -> None:
+@given(st.sets(st.integers(0, PIECE.numel - 1)), st.data())
+def test_every_frame_of_a_slice_is_within_its_bound(kept: set[int], data: st.DataObject) -> None:
     """The bound lets every honest frame through."""
-    assert update.mean is not None
-    assert len(encode(update.mean)) <= payload_bound(PIECE)
+    numbers = data.draw(st.lists(st.floats(width=32, allow_nan=False), min_size=len(kept), max_size=len(kept)))
+    gradient = SparseGradient(torch.tensor(sorted(kept), dtype=torch.int64), torch.tensor(numbers), PIECE.numel)
+    assert len(encode(gradient)) <= payload_bound(PIECE)

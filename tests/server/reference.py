@@ -46,6 +46,7 @@ class Reference:
         self.members = {0, 1}
         self.order: list[int] = []  # of the pushes that wait
         self.quorum_at = math.inf
+        self.opened_at = 0.0
         self.said: dict[int, int] = {}
         self.agreed: list[float] = []
         self.version = 0
@@ -59,14 +60,18 @@ class Reference:
     def ready(self) -> list[int]:
         """Whose pushes the next round takes; nobody's while it stays open."""
         waiting, awaited = self.order, self.awaited()
+        if not self.mode.lockstep:  # who waits for an agreement cannot push meanwhile
+            awaited = awaited - set(self.said)
         if self.mode.mode != "sync":
             slowest = min((self.seats[rank].settled for rank in awaited), default=0)
             ahead = math.inf if self.mode.mode == "async" else self.mode.staleness
             return [rank for rank in waiting if self.pushed(rank).step - slowest <= ahead][:1]
         if waiting and awaited <= set(waiting):
             return sorted(waiting)
-        if not self.mode.quorum or len(waiting) < self.mode.quorum:
+        if not self.mode.quorum or not waiting:
             return []
+        if len(waiting) < self.mode.quorum:
+            return sorted(waiting) if self.now - self.opened_at >= CONFIG.lease else []
         self.quorum_at = min(self.quorum_at, self.now)
         return sorted(waiting) if self.now - self.quorum_at >= self.mode.grace else []
 

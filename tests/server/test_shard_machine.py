@@ -205,6 +205,7 @@ class ShardMachine(Reference, RuleBasedStateMachine):
             assert isinstance(done[0].record, Returned)
         else:
             seat.waiting = event
+            self.opened_at = self.opened_at if self.order else self.now
             self.order.append(rank)
             self.tell(event)
 

@@ -799,7 +799,7 @@ global___Leave = Leave
 
 @typing.final
 class Agree(google.protobuf.message.Message):
-    """Numbers on which the members want to agree, outside of rounds. Asked of the first shard only."""
+    """Numbers on which the members want to agree, outside of rounds. Asked of every shard."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -31,9 +31,9 @@ class OpenAgreement:
                 )
         self._said[asked.worker.rank] = asked.values
 
-    def missing(self, ranks: Collection[int]) -> list[int]:
-        """Return those of ``ranks`` that others wait for."""
-        return [rank for rank in ranks if rank not in self._said] if self._said else []
+    def asks(self, rank: int) -> bool:
+        """Return True for a member that waits for the others to speak: it cannot push meanwhile."""
+        return rank in self._said
 
     def conclude(self, ranks: Collection[int], number: int) -> Agreed | None:
         """Return the mean over ``ranks`` once all have spoken, and begin anew."""

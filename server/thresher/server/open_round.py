@@ -55,14 +55,20 @@ class OpenRound:
             self._pushes[rank] = push
             del self._held[rank]
 
-    def is_complete(self, consistency: Consistency, awaited: Collection[Member], now: float) -> bool:
-        """True when the round is to be closed."""
+    def is_complete(self, consistency: Consistency, awaited: Collection[Member], now: float, lease: float) -> bool:
+        """True when the round is to be closed.
+
+        One that does not reach its quorum is closed when it has been open for a lease: shards close rounds of different
+        members, and those whose push is open here may be the ones that others wait for elsewhere.
+        """
         if not self._pushes:
             return False
         if consistency.mode != "sync" or {member.rank for member in awaited} <= set(self._pushes):
             return True
-        if not consistency.quorum or len(self._pushes) < consistency.quorum:
+        if not consistency.quorum:
             return False
+        if len(self._pushes) < consistency.quorum:
+            return now - self.opened_at >= lease
         self._quorum_at = min(self._quorum_at, now)
         return now - self._quorum_at >= consistency.grace
 

@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn, TypeVar, final
 from urllib.parse import quote
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from thresher.protos.codec import decode
 from thresher.protos.errors import (
@@ -91,6 +92,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._streams: set[Stream] = set()
         self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
         self._greeting: dict[Stream, int] = {}  # whose hello is not answered yet, and may be refused
+        self._turn = asyncio.Lock()  # or a stream that ends would take that of a worker that just came back for lost
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
         self._settled = asyncio.Event()  # seeded, or failed before that
@@ -229,16 +231,23 @@ class AggregationServicer(AggregationServiceServicer):
             stream.end(error)
         except grpc.aio.AbortError:
             pass  # the call was ended from this side while its next message was waited for
+        except DecodeError as error:
+            stream.end(FrameError(f"a message that is none: {error}"))
         except Exception as error:
             _logger.exception("what %s said could not be handled", stream.worker)
             stream.end(ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log"))
         finally:
-            # Also when this task is cancelled because the call has ended: the shard must learn that the worker is gone,
-            # unless it has come back on another stream.
+            # Also when this task is cancelled because the call has ended.
             self._streams.discard(stream)
-            if stream.worker is not None and self._speaking.get(stream.worker.rank) is stream:
-                del self._speaking[stream.worker.rank]
-                await asyncio.shield(asyncio.ensure_future(self._disconnected(stream.worker)))
+            if stream.worker is not None:
+                await asyncio.shield(asyncio.ensure_future(self._gone(stream, stream.worker)))
+
+    async def _gone(self, stream: Stream, worker: Worker) -> None:
+        """Tell the shard that the worker is gone, unless it has come back on another stream."""
+        async with self._turn:
+            if self._speaking.get(worker.rank) is stream:
+                del self._speaking[worker.rank]
+                await self._disconnected(worker)
 
     async def _disconnected(self, worker: Worker) -> None:
         try:
@@ -273,13 +282,14 @@ class AggregationServicer(AggregationServiceServicer):
         rank = hello.worker.rank
         self._greeting[stream] = rank
         try:
-            done = await self._hello(hello)
+            async with self._turn:
+                done = await self._hello(hello)
+                earlier = self._speaking.get(rank)
+                self._speaking[rank] = stream
         finally:
             del self._greeting[stream]
         stream.greet(_only(done, effects.Backlog).updates)
         stream.worker = hello.worker
-        earlier = self._speaking.get(rank)
-        self._speaking[rank] = stream
         if earlier is not None:
             earlier.end(FencedError(f"worker {rank} has opened another stream"))
 

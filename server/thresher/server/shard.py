@@ -78,6 +78,8 @@ class Shard:
             case events.Push() | events.Agree() | events.Leave() | events.Abort() | events.Disconnect():
                 return self._take_part(event, now)
             case events.ReadState():
+                if self._state.replica is None:
+                    self._refuse_after_failure()
                 self._feed.pin(now)
                 return [self._state.snapshot()]
             case events.Drain():  # what a failure has spoilt is not kept: the log has all that came before
@@ -261,8 +263,10 @@ class Shard:
         state, consistency = self._state, self._state.consistency
         while state.replica is not None and not self._failure:
             awaited = state.members.awaited(now, self._config.lease)
+            if not consistency.lockstep:  # there all ask between the same two rounds
+                awaited = [m for m in awaited if not self._agreement.asks(m.rank)]
             self._round.let_in(consistency, awaited, now)
-            if not self._round.is_complete(consistency, awaited, now):
+            if not self._round.is_complete(consistency, awaited, now, self._config.lease):
                 break
             happened += self._close(now)
         return happened
@@ -322,14 +326,12 @@ class Shard:
         if asked.number > number:
             raise ProtocolError(f"{member} asks for agreement {asked.number}; {number} is next: all must ask alike")
         self._agreement.hear(asked)
-        return self._agree_if_complete(now)
+        return [*self._progress(now), *self._agree_if_complete(now)]
 
     def _agree_if_complete(self, now: float) -> list[Effect]:
         awaited = tuple(member.rank for member in self._state.members.awaited(now, self._config.lease))
-        agreed = self._agreement.conclude(awaited, self._state.agreed)
-        return [] if agreed is None else [self._fold(agreed), effects.Tell(agreed, awaited)]
-
-    # Leaving
+        found = self._agreement.conclude(awaited, self._state.agreed)
+        return [] if found is None else [self._fold(found), effects.Tell(found, awaited)]
 
     def _leave(self, leave: events.Leave, now: float) -> list[Effect]:
         state = self._state
@@ -387,8 +389,6 @@ class Shard:
     def _refuse_after_failure(self) -> None:
         if self._failure:
             raise RoundFailedError(self._failure)
-
-    # State
 
     def _row(self, closed: Closed) -> IterationRow:
         return row_of(closed, self._config.shard, self._state.slice.numel, self._state.spec)

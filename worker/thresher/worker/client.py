@@ -83,7 +83,7 @@ class ShardClient:
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         self._unanswered: list[pb.ExchangeRequest] = []
         self._inbox: queue.SimpleQueue[Told | pb.Left | Exception] = queue.SimpleQueue()
-        self._agreed: queue.SimpleQueue[Mapping[str, float] | Exception] = queue.SimpleQueue()
+        self._agreed: queue.SimpleQueue[pb.Agreed | Exception] = queue.SimpleQueue()
         self._slice: Slice | None = None
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
@@ -153,17 +153,22 @@ class ShardClient:
         with self._lock:
             self._unanswered = []
 
-    def agree(self, number: int, values: Mapping[str, float]) -> Mapping[str, float]:
-        """Return the members' mean of ``values``; waits until all have asked."""
+    def ask(self, number: int, values: Mapping[str, float]) -> None:
+        """Say what this worker has to say in agreement ``number``."""
         self._say([pb.ExchangeRequest(agree=pb.Agree(number=number, values=values))])
-        try:
-            answer = self._agreed.get(timeout=self._answer_timeout + MARGIN_SECONDS)
-        except queue.Empty:
-            raise RoundFailedError(f"{self} has not answered {self._who}, which asked to agree") from None
-        if isinstance(answer, Exception):
-            raise answer
-        self.answered()
-        return answer
+
+    def wait_agreed(self, number: int) -> Mapping[str, float]:
+        """Return the members' mean of what they said in agreement ``number``; waits until all have asked."""
+        while True:
+            try:
+                answer = self._agreed.get(timeout=self._answer_timeout + MARGIN_SECONDS)
+            except queue.Empty:
+                raise RoundFailedError(f"{self} has not answered {self._who}, which asked to agree") from None
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.number == number:  # an earlier one may have been told twice
+                self.answered()
+                return dict(answer.values)
 
     def leave(self, leave: pb.Leave, buffers: bytes) -> None:
         """Leave the run, and wait until the shard has recorded it."""
@@ -265,7 +270,7 @@ class ShardClient:
                     self._inbox.put(response.left)
                     continue
                 case "agreed":
-                    self._agreed.put(dict(response.agreed.values))
+                    self._agreed.put(response.agreed)
                     continue
                 case "update":
                     body, wire_bytes = response.update, 0
@@ -299,7 +304,7 @@ class ShardClient:
                 pass  # its update has come, or will
             case _:
                 verdict = pb.Verdict.Name(result.verdict).removeprefix("VERDICT_")
-                raise RoundFailedError(f"{self}: push {result.step} was {verdict}: {result.reason}")
+                self._end(RoundFailedError(f"{self}: push {result.step} was {verdict}: {result.reason}"))
 
     def _reconnect(self) -> None:
         """Find the shard again. Raises ConnectionTimeoutError when it does not come back in time."""

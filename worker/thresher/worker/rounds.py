@@ -187,6 +187,13 @@ class Rounds:
         for shard in self.shards:
             shard.client.close()
 
+    def agree(self, number: int, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the members' mean of ``values``. All shards are asked, so that none waits for a push meanwhile."""
+        for shard in self.shards:
+            shard.client.ask(number, values)
+        first, *_ = [shard.client.wait_agreed(number) for shard in self.shards]
+        return first
+
     # Coming back
 
     def resume(self, step: int, pending: Sequence[Pending]) -> None:
@@ -247,6 +254,7 @@ class Rounds:
     def _push(self, shard: JoinedShard, push: pb.Push, frame: bytes) -> None:
         if self.membership.epoch > shard.epoch:
             push.membership.CopyFrom(membership_to_message(self.membership))
+            shard.epoch = self.membership.epoch  # the push is said until it is answered
         shard.client.push(push, frame)
 
     def _finish_one(self, index: int, shard: JoinedShard, outcome: Outcome) -> None:
@@ -266,7 +274,6 @@ class Rounds:
                 case _:
                     self._settled[index] = self._settled[index] or shard.answer.settled_steps > step
         shard.client.answered()
-        shard.epoch = max(shard.epoch, self.membership.epoch)
         if found is not None:
             outcome.updates.append(found)
         if returned and frame and not push.only_mean:

@@ -200,7 +200,7 @@ class Session:
         self._selecting  # noqa: B018 - it refuses before `wrap`
         agreed = self._progress.repeated()
         if agreed is None:
-            agreed = self._rounds.shards[0].client.agree(self._progress.agreements, values)
+            agreed = self._rounds.agree(self._progress.agreements, values)
             self._progress.agreed(agreed)
         return agreed
 
