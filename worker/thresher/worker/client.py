@@ -115,8 +115,9 @@ class ShardClient:
         """Begin again, after an error ended the exchange, and say again what is unanswered."""
         if self._reader is not None:
             self._reader.join()
-        while not self._inbox.empty():
-            self._inbox.get()
+        for waiting in (self._inbox, self._agreed):
+            while not waiting.empty():
+                waiting.get()
         self.history.CopyFrom(history)
         answer = self.calls.register(self._registration)
         self._settle(answer)

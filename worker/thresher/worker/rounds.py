@@ -191,8 +191,17 @@ class Rounds:
         """Return the members' mean of ``values``. All shards are asked, so that none waits for a push meanwhile."""
         for shard in self.shards:
             shard.client.ask(number, values)
-        first, *_ = [shard.client.wait_agreed(number) for shard in self.shards]
+        first, *_ = [self._agreed(shard, number) for shard in self.shards]
         return first
+
+    def _agreed(self, shard: JoinedShard, number: int) -> Mapping[str, float]:
+        while True:
+            try:
+                return shard.client.wait_agreed(number)
+            except BehindError:  # outside lockstep the others go on meanwhile; what was asked is asked again
+                self._catch_up(shard)
+            except LostHistoryError as error:
+                self._refill(shard, error)
 
     # Coming back
 
