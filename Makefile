@@ -4,7 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 DATA ?= ../shared/data
 TRAIN_OPTIONS ?= --shards 2 --workers 4 --density 0.01 --baseline
 TEST_OPTIONS ?= -m "not slow"
-STORM_OPTIONS ?= --kills 200 --other-kills 50 --steps 1000
+TEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+STORM_OPTIONS ?= --kills 200 --other-kills 50 --steps 500
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,9 +25,9 @@ fashion: $(VENV)/.with-examples ## the same on Fashion-MNIST; DATA=folder names 
 	$(BIN)/thresher launch $(TRAIN_OPTIONS) examples/fashion_mnist.py --data $(DATA)
 
 test: $(VENV)/.with-test ## run the tests
-	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(BIN)/python -m pytest $(TEST_JOBS) $(TEST_OPTIONS)
 
-test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters, five thousand rounds
+test-slow: $(VENV)/.with-test ## run the long ones: a hundred million parameters, a hundred thousand rounds, a million hostile messages; hours
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.with-test ## feed a million damaged frames to the decoder; some minutes
@@ -45,7 +46,7 @@ test-wheel: $(VENV)-wheel/.created ## run the tests against the wheel, installed
 	$(VENV)-wheel/bin/python $(QUIET_PIP) uninstall --yes thresher
 	$(VENV)-wheel/bin/python $(QUIET_PIP) install --constraint constraints.txt "$$(ls .build/dist/*.whl)[test]"
 	@away=$$(mktemp -d) && trap 'rm -rf "$$away"' EXIT && cp -r tests pyproject.toml "$$away" && \
-	cd "$$away" && "$(CURDIR)/$(VENV)-wheel/bin/python" -m pytest $(TEST_OPTIONS) $(WHEEL_TESTS)
+	cd "$$away" && "$(CURDIR)/$(VENV)-wheel/bin/python" -m pytest $(TEST_JOBS) $(TEST_OPTIONS) $(WHEEL_TESTS)
 
 check: $(VENV)/.with-check namespace-check protos-check ## lint, format, types, architecture, stubs
 	$(BIN)/ruff check

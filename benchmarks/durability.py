@@ -3,8 +3,8 @@
     python benchmarks/durability.py FOLDER
 
 Two workers push to one shard at a density of 1 %; the gradients are ready, so a step is all exchange. With `process`
-records and the workers' states are written to files, with `disk` the shard's records are synced before anybody is told.
-The durabilities take turns, and the table has the median of the steps.
+records and the workers' states are written to files, with `disk` they are synced: a record before anybody is told of
+it, a state before its step is sent. The durabilities take turns, and the table has the median of the steps.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,12 +30,13 @@ WORKERS = 2
 STEPS = 60
 TURNS = 3
 DURABILITIES = ("none", "process", "disk")
+_METHOD = Method(threshold=2.576)  # of normal gradients it keeps 1 %
 
 
 @contextmanager
 def served(folder: Path, durability: str) -> Iterator[tuple[Settings, ShardServer]]:
-    state_dir = None if durability == "none" else folder / "shard"
-    config = ServerConfig(ShardConfig(0, 1, WORKERS), state_dir=state_dir, sync=durability == "disk")
+    state_dir, sync = None if durability == "none" else folder / "shard", durability == "disk"
+    config = ServerConfig(ShardConfig(0, 1, WORKERS), state_dir=state_dir, sync=sync)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -42,7 +44,10 @@ def served(folder: Path, durability: str) -> Iterator[tuple[Settings, ShardServe
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     workers = None if durability == "none" else folder / "workers"
     try:
-        yield Settings((server.address,), 0, WORKERS, method=Method(threshold=2.576), state_dir=workers), server
+        yield (
+            Settings((server.address,), 0, WORKERS, method=_METHOD, state_dir=workers, state_sync=sync),
+            server,
+        )
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(grace=0.5), loop).result()
         loop.call_soon_threadsafe(loop.stop)
@@ -74,7 +79,7 @@ def measured(folder: Path, durability: str, numel: int) -> list[float]:
 
 
 def _ranked(settings: Settings, rank: int) -> Settings:
-    return Settings(settings.addresses, rank, WORKERS, method=settings.method, state_dir=settings.state_dir)
+    return replace(settings, rank=rank)
 
 
 def main() -> None:

@@ -53,6 +53,7 @@ MODES: Final = {
 _POLL_SECONDS: Final = 0.02
 _PRESS_SECONDS: Final = 2.0
 _PATIENCE_SECONDS: Final = 120.0
+_LEASE_SECONDS: Final = 600.0
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Storm:
 
     def run(self) -> None:
         """Make the run; afterwards `final` has parameters and optimizer state, by shard and name."""
-        self._allow(0)
+        self._allow(1)
         with ExitStack() as stack:
             self.shards = [stack.enter_context(self._shard(index)) for index in range(SHARDS)]
             for shard in self.shards:
@@ -154,12 +155,12 @@ class Storm:
             self._read_final()
 
     def _rage(self) -> None:
+        closed = 0
         while self.result.kills < self._to_kill:
-            before = self._rounds()
             if self._allowed >= self.steps - 2 * CHECKPOINT_EVERY:
                 raise RuntimeError(f"{self.mode}: {self.result.kills} kills in {self.steps} steps; allow more steps")
-            self._allow(self._allowed + 1)
-            self._wait(lambda before=before: self._rounds() > before, "a round to close", pressing=True)
+            self._wait(lambda closed=closed: self._rounds() > closed, "a round to close", pressing=True)
+            closed = self._rounds()
             self._kill(*self._choose())
         self.result.kills_by_phase = dict(sorted(self._by_phase.items()))
         if self._recoveries:
@@ -245,7 +246,7 @@ class Storm:
     def _shard(self, index: int) -> Iterator[Process]:
         options = {
             "--shard": index, "--shards": SHARDS, "--workers": WORKERS, "--state-dir": self._folder / f"shard-{index}",
-            "--checkpoint-every": CHECKPOINT_EVERY, "--lease": 600, "--listen": "127.0.0.1:0",
+            "--checkpoint-every": CHECKPOINT_EVERY, "--lease": _LEASE_SECONDS, "--listen": "127.0.0.1:0",
         }  # fmt: skip
         command = [sys.executable, "-m", "thresher.deploy", "serve", *(str(p) for o in options.items() for p in o)]
         with self._process(f"shard-{index}", command, {}) as process:
@@ -257,7 +258,7 @@ class Storm:
         threshold = 0.02 if self.mode == "sync" else 2.5
         settings = Settings(
             tuple(shard.address for shard in self.shards), rank, WORKERS, 0, Method(threshold=threshold),
-            MODES[self.mode], self._folder / "workers", reconnect_timeout=_PATIENCE_SECONDS,
+            MODES[self.mode], self._folder / "workers", reconnect_timeout=_LEASE_SECONDS,
         )  # fmt: skip
         script = Path(__file__).with_name("storm_worker.py")
         command = [sys.executable, str(script), work, "--steps", str(self.steps), "--folder", str(self._folder)]

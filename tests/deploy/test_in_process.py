@@ -84,7 +84,7 @@ def test_runs_are_apart() -> None:
 
 def test_after_the_block_the_shards_are_gone() -> None:
     """A session that is still open then says so at its next step, instead of waiting."""
-    with in_process(shards=1, workers=1, reconnect_timeout=0.3) as cluster:
+    with in_process(shards=1, workers=1, reconnect_timeout=0.3, lease=0.3) as cluster:
         session = cluster.connect(0)
         model = torch.nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -139,6 +139,21 @@ def test_a_shard_killed_anywhere_and_started_again_changes_no_bit(tmp_path: Path
         assert [sum(member.steps for member in shard.members) for shard in cluster.statistics()] == [12, 12]
     assert struck == [phase]
     assert all(torch.equal(one, expected[0]) for one in found)
+
+
+def test_a_shard_that_is_killed_writes_no_checkpoint(tmp_path: Path) -> None:
+    """Nothing but its first one is there afterwards, while one that ends in peace writes another."""
+
+    def checkpoints() -> int:
+        return len(list((tmp_path / "shard-0").glob("*.safetensors")))
+
+    with in_process(shards=1, workers=2, state_dir=tmp_path, checkpoint_every=0) as cluster:
+        cluster.run(steps(3))
+        assert checkpoints() == 1
+        cluster.kill(0)
+        assert checkpoints() == 1
+        cluster.start(0)
+    assert checkpoints() == 2
 
 
 def test_a_shard_is_killed_and_started_from_outside(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from thresher.deploy.launch_config import LaunchConfig
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.timeouts import JOURNAL_SECONDS
 from thresher.worker import Method
 from thresher.worker.settings import settings_from
 
@@ -24,13 +25,21 @@ configs = st.builds(
     method=st.sampled_from(
         [Method(density=0.1), Method("TopK(0.1)"), Method(threshold=0.5, placement="update", period=4)]
     ),
-    consistency=st.sampled_from([Consistency(), Consistency("ssp", staleness=3), Consistency(quorum=2, grace=0.1)]),
+    consistency=st.sampled_from(
+        [
+            Consistency(),
+            Consistency(quorum=2, grace=0.1),
+            Consistency("ssp", staleness=3, staleness_aware=True),
+            Consistency("async", downlink="shadow", shadow_threshold=0.5),
+        ]
+    ),
     seed=st.integers(0, 2**40),
-    lease=st.floats(0, 1e6),
+    lease=st.floats(1e3, 1e6),
+    round_timeout=st.floats(1e6, 1e9),
     threshold_factors=st.sampled_from([(), (1.0, 2.0, 0.1)]),
     durability=st.sampled_from(["none", "process", "disk"]),
     restarts=st.integers(0, 1000),
-    restart_delay=st.floats(0, 1e6),
+    restart_delay=st.floats(0, 1e3),
     baseline=st.booleans(),
 )
 
@@ -61,8 +70,22 @@ def test_workers_read_what_they_are_told(config: LaunchConfig) -> None:
         ({"threshold_factors": (1.0,)}, "1 threshold factors for 2 workers"),
         ({"durability": "much"}, "durability is one of none, process, disk"),
         ({"restarts": -1}, "must not be negative"),
-        ({"restart_delay": float("nan")}, "must not be negative"),
+        ({"restart_delay": float("nan")}, "restart delay must be finite"),
+        ({"linger": -1.0}, "linger must be finite and not negative"),
+        ({"lease": 3600.0}, "lease of 3600 s is longer than round timeout of 1800 s"),
+        ({"lease": 0.5}, "restart delay of 1 s is longer than lease of 0.5 s"),
+        (
+            {"consistency": Consistency(quorum=1, grace=3600.0)},
+            "grace of 3600 s is longer than round timeout of 1800 s",
+        ),
         ({"consistency": Consistency(quorum=3)}, "a quorum of 3 is more than 2 workers"),
+        (
+            {
+                "consistency": Consistency("async", momentum_per_push=True),
+                "method": Method(threshold=0.5, placement="update"),
+            },
+            "momentum_per_push is about the shards' optimizer",
+        ),
         (
             {"consistency": Consistency("async"), "method": Method(budget=10, steps=2)},
             "a budget in bytes counts rounds",
@@ -73,6 +96,16 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str) ->
     """Each before anything is started, with what is wrong."""
     with pytest.raises(ConfigurationError, match=message):
         replace(PLAIN, **change)
+
+
+@given(configs)
+def test_who_is_started_again_is_in_time(config: LaunchConfig) -> None:
+    """A worker with half of its lease to start in, unless the delay takes more; a shard before its workers give up."""
+    patience = config.settings(("127.0.0.1:1",), 0, None).reconnect_timeout
+    assert config.restart_delay <= config.lease
+    assert config.longest_pause <= max(config.restart_delay, config.lease / 2)
+    assert config.longest_pause + JOURNAL_SECONDS <= patience
+    assert config.lease <= patience
 
 
 def test_the_script_lies_where_the_run_was_started(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from thresher.deploy.cli import app
 from thresher.deploy.in_process import in_process
 from thresher.deploy.replay import Replay, ShardReplay
+from thresher.protos import faults
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError, DataLossError
 from thresher.server.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
@@ -153,20 +154,57 @@ def test_a_damaged_checkpoint_is_gone_round(changeable: Path, finished: tuple[Pa
         replay.verify()
 
 
-def test_a_shard_that_was_refilled_begins_anew(changeable: Path) -> None:
-    """Where the versions jump, what lies between is not kept, and the replay goes on behind it."""
-    for shard in (0, 1):
-        folder = changeable / "state" / f"shard-{shard}"
-        newest = max(folder.glob("checkpoint-*"))
-        generation = int(newest.stem.split("-")[1])
-        checkpoint = read_checkpoint(newest, generation)
-        state = RunState.restored(checkpoint.table, checkpoint.tensors)
-        assert state.replica is not None
-        state.replica.version = STEPS + 5
-        write_checkpoint(newest, Checkpoint(generation, state.table(), checkpoint.tensors))
-    replay = Replay(changeable)
-    assert replay.spans == [(5, STEPS), (STEPS + 5, STEPS + 5)]
-    assert replay.verify()[0].begun == (5, STEPS + 5)
+def refilled(folder: Path) -> Seen:
+    """Make a run in which shard 1 is brought back from a copy of version 4 of its folder, and a worker refills it."""
+    seen: Seen = []
+    steps, kept, copy = 0, folder / "state" / "shard-1", folder / "copy"
+    with in_process(
+        shards=2, workers=1, method=Method(threshold=0.5), state_dir=folder / "state", checkpoint_every=0
+    ) as cluster:
+
+        def strike(who: str, phase: str) -> None:
+            nonlocal steps
+            if (who, phase) != ("worker 0", "compress"):
+                return
+            if steps == 4:
+                shutil.copytree(kept, copy)
+            elif steps == 8:
+                cluster.kill(1)
+                shutil.rmtree(kept)
+                copy.rename(kept)
+                cluster.start(1)
+            steps += 1
+
+        with faults.plan(strike):
+            cluster.run(training(seen))
+    return seen
+
+
+def test_a_shard_that_was_refilled_begins_anew(tmp_path: Path) -> None:
+    """Both stretches are verified and can be written, what lies between is not kept, and that is said."""
+    seen = refilled(tmp_path)
+    replay = Replay(tmp_path)
+    assert replay.spans == [(0, 4), (8, STEPS)]
+    one, other = replay.verify()
+    assert (one.begun, other.begun, other.first, other.last) == ((0,), (0, 8), 0, STEPS)
+    for version in (0, 4, 8, STEPS):
+        model = replay.model(version)
+        assert all(torch.equal(model[name], value) for name, value in seen[version].items())
+    with pytest.raises(ConfigurationError, match=r"version 6 of .* kept are versions 0 … 4, 8 … 12"):
+        replay.model(6)
+
+
+def test_a_gap_that_no_refill_explains_is_found(changeable: Path) -> None:
+    """A checkpoint of a version that the log does not lead to: lost records are no refill."""
+    newest = max((changeable / "state" / "shard-1").glob("checkpoint-*"))
+    generation = int(newest.stem.split("-")[1])
+    checkpoint = read_checkpoint(newest, generation)
+    state = RunState.restored(checkpoint.table, checkpoint.tensors)
+    assert state.replica is not None
+    state.replica.version = STEPS + 5
+    write_checkpoint(newest, Checkpoint(generation, state.table(), checkpoint.tensors))
+    with pytest.raises(DataLossError, match=f"version {STEPS + 5}: the log leads to version {STEPS} "):
+        Replay(changeable).verify()
 
 
 def test_a_folder_without_state_is_refused(tmp_path: Path, changeable: Path) -> None:

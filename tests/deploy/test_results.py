@@ -73,15 +73,15 @@ def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> 
     """A merged row has the sums of its parts, densities of the whole, and the slowest shard's time."""
     common = {"version": 1, "members": 2, "contributors": [0, 1], "skipped": False, "only_mean": False}
     common |= {"threshold": 0.1, "learning_rate": 0.5, "push_bytes": 10, "pull_bytes": 20, "residual_squared": 2.0}
-    counts = {0: (5.0, 30, 6, 5, 0.1), 1: (6.0, 10, 2, 1, 0.3)}
-    names = ("time", "numel", "pushed_elements", "update_elements", "round_seconds")
+    counts = {0: (5.0, 30, 6, 0.1, 5, 0.1), 1: (6.0, 10, 4, 0.2, 1, 0.3)}
+    names = ("time", "numel", "pushed_elements", "push_density", "update_elements", "round_seconds")
     rows = [{**common, "shard": shard, **dict(zip(names, values, strict=True))} for shard, values in counts.items()]
     for row in rows:
         (tmp_path / f"{row['shard']}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     merge_iterations([tmp_path / "0.jsonl", tmp_path / "1.jsonl"], tmp_path / "all.jsonl")
     merged = json.loads((tmp_path / "all.jsonl").read_text(encoding="utf-8"))
     assert (merged["push_bytes"], merged["pull_bytes"], merged["numel"]) == (20, 40, 40)
-    assert (merged["push_density"], merged["update_density"]) == (8 / 80, 6 / 40)
+    assert (merged["push_density"], merged["update_density"]) == (10 / 80, 6 / 40)
     assert (merged["residual_norm"], merged["round_seconds"], merged["time"]) == (2.0, 0.3, 6.0)
 
 

@@ -34,7 +34,9 @@ def ended(it: Supervised) -> None:
 
 def test_a_killed_process_is_started_again_after_growing_pauses(tmp_path: Path) -> None:
     """Kill -9: another life begins when the pause is over, not before, and the next pause is twice as long."""
-    it = Supervised("it", lives(tmp_path, KILLED, KILLED, "print('{\"life\": 3}')"), restarts=2, delay=10.0)
+    it = Supervised(
+        "it", lives(tmp_path, KILLED, KILLED, "print('{\"life\": 3}')"), restarts=2, delay=10.0, longest=60.0
+    )
     for life, pause in ((1, 10.0), (2, 20.0)):
         ended(it)
         before = it.child
@@ -52,9 +54,24 @@ def test_a_killed_process_is_started_again_after_growing_pauses(tmp_path: Path) 
     assert it.child.data == {"life": 3}
 
 
+def test_the_pause_stops_growing(tmp_path: Path) -> None:
+    """At half a lease, say: a worker that was killed often is still in time."""
+    it = Supervised("it", lives(tmp_path, KILLED, KILLED, KILLED), restarts=2, delay=10.0, longest=15.0)
+    for pause in (10.0, 15.0):
+        ended(it)
+        it.tend(100.0, lambda: False)
+        before = it.child
+        it.tend(100.0 + pause - 0.1, lambda: False)
+        assert it.child is before
+        it.tend(100.0 + pause, lambda: False)
+        assert it.child is not before
+    ended(it)
+    it.child.finish()
+
+
 def test_restarts_are_used_up(tmp_path: Path) -> None:
     """Killed once more than may be: it has failed, and stays so."""
-    it = Supervised("it", lives(tmp_path, KILLED, KILLED), restarts=1, delay=0.0)
+    it = Supervised("it", lives(tmp_path, KILLED, KILLED), restarts=1, delay=0.0, longest=60.0)
     ended(it)
     it.tend(0.0, lambda: False)
     ended(it)
@@ -69,7 +86,9 @@ def test_restarts_are_used_up(tmp_path: Path) -> None:
 )
 def test_what_ends_by_itself_is_not_started_again(tmp_path: Path, code: int, may_end: bool, failed: bool) -> None:
     """An exception is a failure at once; a worker may end well, also on SIGTERM; a shard may not end at all."""
-    it = Supervised("it", lives(tmp_path, f"raise SystemExit({code})"), restarts=3, delay=0.0, may_end=may_end)
+    it = Supervised(
+        "it", lives(tmp_path, f"raise SystemExit({code})"), restarts=3, delay=0.0, longest=60.0, may_end=may_end
+    )
     ended(it)
     it.tend(0.0, lambda: False)
     it.child.finish()
@@ -78,7 +97,7 @@ def test_what_ends_by_itself_is_not_started_again(tmp_path: Path, code: int, may
 
 def test_who_has_left_is_not_started_again(tmp_path: Path) -> None:
     """A worker that was killed behind its goodbye has nothing left to do."""
-    it = Supervised("it", lives(tmp_path, KILLED), restarts=3, delay=0.0)
+    it = Supervised("it", lives(tmp_path, KILLED), restarts=3, delay=0.0, longest=60.0)
     ended(it)
     it.tend(0.0, lambda: True)
     assert (it.is_done, it.has_failed, it.restarts) == (True, False, 0)

@@ -61,7 +61,7 @@ def serving(listen: str) -> Iterator[ShardServer]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = ShardServer(ServerConfig(ShardConfig(0, 1, 1), listen=listen))
+    server = ShardServer(ServerConfig(ShardConfig(0, 1, 1, lease=0.3), listen=listen))
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     yield server
     asyncio.run_coroutine_threadsafe(server.stop(grace=0.5), loop).result()
@@ -291,7 +291,7 @@ def test_a_worker_that_is_slow() -> None:
 
     # The slow one finds, when it wants to leave, that the run has failed.
     failed = pytest.raises(RoundFailedError, match="round 1 of shard 0")
-    with in_process(shards=1, workers=2, round_timeout=0.5) as cluster, failed:
+    with in_process(shards=1, workers=2, round_timeout=0.5, lease=0.1) as cluster, failed:
         cluster.run(work)
     assert "worker 1" in found[0]
     assert "is connected but has not pushed, after 1 steps" in found[0]

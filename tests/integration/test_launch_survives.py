@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.integration.launching import Launched, write_script
 
 OPTIONS = ("--workers", "2", "--density", "0.05", "--restart-delay", "0.1")
 EPOCHS = 15  # of 8 steps each
+TROUBLE = "if session.rank == 1 and session.step == 30: raise KeyError('no such pixel')"
 
 
 class Runs:
@@ -23,14 +25,17 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         """Write the script."""
         self.folder = folder
-        self.script = str(write_script(folder, extra="time.sleep(0.02)", epochs=EPOCHS))
+        self.script = str(
+            write_script(folder, extra="time.sleep(0.02); exec(os.environ.get('TROUBLE', ''))", epochs=EPOCHS)
+        )
         self.started: list[Launched] = []
 
-    def start(self, name: str, *options: str, script: bool = True) -> Launched:
-        """Start one, whose run is `latest` in a folder of that name."""
+    def start(self, name: str, *options: str, script: bool = True, trouble: str = "") -> Launched:
+        """Start one, whose run is `latest` in a folder of that name; ``trouble`` is what its loop runs into."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        self.started.append(launching.start(folder, *options, script=[self.script] if script else []))
+        command = [self.script] if script else []
+        self.started.append(launching.start(folder, *options, script=command, TROUBLE=trouble))
         return self.started[-1]
 
 
@@ -101,6 +106,37 @@ def test_a_stopped_run_goes_on(resumed: Path, undisturbed: dict[str, torch.Tenso
     """SIGTERM in mid-run, then --resume: the final model is that of the undisturbed run, no row is lost or doubled."""
     assert same(load_file(resumed / "model.safetensors"), undisturbed)
     assert [row["version"] for row in rows(resumed)] == list(range(1, 8 * EPOCHS + 1))
+
+
+@pytest.mark.slow
+def test_a_failed_run_and_a_dead_launcher_can_be_resumed(runs: Runs, undisturbed: dict[str, torch.Tensor]) -> None:
+    """An exception in a script ends the run, kill -9 of the launcher ends the next; the third one has the same bits."""
+    launched = runs.start("unlucky", *OPTIONS, "--name", "unlucky", trouble=TROUBLE)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert "no such pixel" in err
+    run = launched.run.with_name("unlucky")
+    second = runs.start("unlucky", "--resume", str(run), script=False)
+    second.wait_step(60)
+    second.process.kill()
+    second.process.communicate(timeout=10)
+    assert not second.left_over()
+    code, _, err = runs.start("unlucky", "--resume", str(run), script=False).finish()
+    assert code == 0, err
+    assert same(load_file(run / "model.safetensors"), undisturbed)
+    assert [row["version"] for row in rows(run)] == list(range(1, 8 * EPOCHS + 1))
+
+
+@pytest.mark.slow
+def test_without_a_folder_a_killed_worker_ends_the_run(runs: Runs) -> None:
+    """With --durability none nobody could go on as that worker: the run fails, and names it."""
+    launched = runs.start("volatile", *OPTIONS, "--durability", "none")
+    launched.wait_step(3)
+    os.kill(launched.pids(runs.script)[-1], signal.SIGKILL)
+    code, _, err = launched.finish()
+    assert code == 1
+    assert re.search(r"worker \d failed: signal SIGKILL", err), err
+    assert not launched.left_over()
 
 
 def test_a_finished_run_says_so(runs: Runs, resumed: Path) -> None:

@@ -1,5 +1,6 @@
 """Update-placed runs through real shards: DEF, local steps, an outer optimizer, and where a model is evaluated."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -206,10 +207,11 @@ def test_local_steps_converge(feedback: str, period: int) -> None:
     """Digits, with momentum at the workers: above 95 % after ten passes with 1, 4 or 16 steps per round."""
     example = digits()
     train, test = example.data()
+    torch.manual_seed(0)
+    untrained = example.network()
 
     def work(session: Session) -> float:
-        torch.manual_seed(0)
-        model = example.network()
+        model = copy.deepcopy(untrained)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         session.wrap(model, optimizer)
         for _ in range(10):

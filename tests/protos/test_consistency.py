@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "max_staleness": (0, 1, 4),
     "downlink": ("updates", "shadow"),
     "shadow_threshold": (0.0, 0.25),
+    "momentum_per_push": (False, True),
+    "staleness_aware": (False, True),
 }
 EVERY = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
 
@@ -41,6 +43,7 @@ def test_no_setting_is_ignored() -> None:
             or (found["staleness"] > 0 and found["mode"] != "ssp")
             or (found["max_staleness"] > 0 and in_sync and not in_quorum)
             or (found["shadow_threshold"] > 0 and found["downlink"] != "shadow")
+            or ((found["momentum_per_push"] or found["staleness_aware"]) and in_sync)
         )
         assert (accepted(found) is None) == unused, found
 
@@ -73,6 +76,8 @@ def test_lockstep_is_sync_without_a_quorum() -> None:
         ({"mode": "async", "staleness": 2}, "staleness belongs to mode ssp, not to async; max_staleness is for all"),
         ({"max_staleness": 2}, "max_staleness makes no sense where every member is waited for"),
         ({"shadow_threshold": 0.1}, "a shadow threshold needs downlink 'shadow'"),
+        ({"momentum_per_push": True}, "momentum_per_push belongs to ssp and async, where each push is a round"),
+        ({"quorum": 2, "staleness_aware": True}, "staleness_aware belongs to ssp and async"),
     ],
 )
 def test_bad_settings_are_refused(found: dict[str, Any], text: str) -> None:
@@ -89,3 +94,5 @@ def test_descriptions_are_for_people() -> None:
     )
     assert Consistency("ssp").describe() == "ssp, staleness 0"
     assert Consistency("async", downlink="shadow").describe() == "async, shadow 0"
+    options = Consistency("async", momentum_per_push=True, staleness_aware=True)
+    assert options.describe() == "async, momentum per push, staleness-aware"

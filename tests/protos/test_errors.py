@@ -21,7 +21,7 @@ def test_one_root_and_a_builtin_cousin(name: str) -> None:
     """``except ThresherError`` catches each, and so does the builtin that a reader would expect."""
     cls = getattr(errors, name)
     assert issubclass(cls, ThresherError)
-    assert issubclass(cls, (ValueError, RuntimeError, ArithmeticError, TimeoutError))
+    assert issubclass(cls, (ValueError, RuntimeError, ArithmeticError, TimeoutError, OSError))
 
 
 @pytest.mark.parametrize("name", ["KeyError", "ThresherError", "", "__class__"])

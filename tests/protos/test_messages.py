@@ -82,6 +82,8 @@ def test_overrides_round_trip(overrides: tuple[Override, ...]) -> None:
         Consistency(quorum=3, grace=0.5, max_staleness=7),
         Consistency("ssp", staleness=4),
         Consistency("async", downlink="shadow", shadow_threshold=0.003),
+        Consistency("ssp", momentum_per_push=True),
+        Consistency("async", staleness_aware=True),
     ],
     ids=Consistency.describe,
 )

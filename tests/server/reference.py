@@ -28,6 +28,7 @@ class Seat:
     life: int = 0
     lost_at: float = math.inf
     settled: int = 0
+    head_start: int = 0
     last: events.Push | None = None
     verdict: Verdict = Verdict.APPLIED
     waiting: events.Push | None = None
@@ -63,9 +64,10 @@ class Reference:
         if not self.mode.lockstep:  # who waits for an agreement cannot push meanwhile
             awaited = awaited - set(self.said)
         if self.mode.mode != "sync":
-            slowest = min((self.seats[rank].settled for rank in awaited), default=0)
+            slowest = min((self.pace(rank) for rank in awaited), default=0)
             ahead = math.inf if self.mode.mode == "async" else self.mode.staleness
-            return [rank for rank in waiting if self.pushed(rank).step - slowest <= ahead][:1]
+            given = {rank: self.seats[rank].head_start for rank in awaited}
+            return [rank for rank in waiting if self.pushed(rank).step + given.get(rank, 0) - slowest <= ahead][:1]
         if waiting and awaited <= set(waiting):
             return sorted(waiting)
         if not self.mode.quorum or not waiting:
@@ -74,6 +76,16 @@ class Reference:
             return sorted(waiting) if self.now - self.opened_at >= CONFIG.lease else []
         self.quorum_at = min(self.quorum_at, self.now)
         return sorted(waiting) if self.now - self.quorum_at >= self.mode.grace else []
+
+    def pace(self, rank: int) -> int:
+        return self.seats[rank].settled + self.seats[rank].head_start
+
+    def let_in(self, members: set[int]) -> None:
+        """Let these be the members; who is new among them begins at the pace of the slowest of the others."""
+        slowest = min((self.pace(rank) for rank in members & self.members), default=0)
+        for rank in members - self.members:
+            self.seats[rank].head_start += max(0, slowest - self.pace(rank))
+        self.members = members
 
     def pushed(self, rank: int) -> events.Push:
         found = self.seats[rank].waiting
@@ -105,7 +117,7 @@ class Reference:
             self.order.remove(rank)
         self.quorum_at = math.inf
         self.version += 1
-        self.members = {rank for rank in self.members if rank in self.awaited()} | self.here()
+        self.let_in({rank for rank in self.members if rank in self.awaited()} | self.here())
 
     def here(self) -> set[int]:
         return {rank for rank, seat in enumerate(self.seats) if seat.state == "exchanging"}
@@ -148,7 +160,7 @@ class Reference:
 
     def let_in_alone(self) -> None:
         if self.here() and not self.awaited():
-            self.members = self.here()
+            self.let_in(self.here())
 
     def refused(self, event: Event, *errors: type[Exception]) -> None:
         """Law 7: an exception leaves everything as it was."""

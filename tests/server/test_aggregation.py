@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from thresher.protos.consistency import Consistency
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sealed import sealed
 from thresher.protos.sparse import SparseGradient
@@ -20,8 +23,14 @@ def push(rank: int, gradient: SparseGradient | None, presence: tuple[bool, ...] 
 ONES = SparseGradient.dense(torch.ones(4))
 
 
-def combined(pushes: list[Push], members: int, threshold: float | None = None) -> Update:
-    return update_of(pushes, members, 4, threshold, None, in_lockstep=True)
+SGD = OptimizerSpec("SGD", ({"lr": 1.0, "momentum": 0.25},))
+LOCKSTEP = Consistency()
+
+
+def combined(
+    pushes: list[Push], members: int, threshold: float | None = None, consistency: Consistency = LOCKSTEP
+) -> Update:
+    return update_of(pushes, members, 4, threshold, None, consistency=consistency, spec=SGD)
 
 
 def test_presence_is_the_union_of_those_that_were_heard() -> None:
@@ -55,7 +64,7 @@ def test_the_first_proposed_threshold_is_taken_else_the_old_one_stays() -> None:
 
 
 def test_a_row_sums_the_round() -> None:
-    """Elements and bytes are sums, densities fractions of members times slice, the residual a mean."""
+    """Elements and bytes are sums, densities fractions of pushes times slice, the residual a mean."""
     pushes = [push(0, SparseGradient(torch.tensor([1]), torch.tensor([1.0]), 4)), push(1, ONES), push(2, None)]
     update = combined(pushes, 3, 0.5)
     closed = closed_round(sealed(update, b""), pushes, threshold=0.25, version=5, round_seconds=1.5)
@@ -86,7 +95,7 @@ def test_out_of_lockstep_the_update_says_who_arrived() -> None:
     """Heard or skipped, with its step: a worker finds its push in it."""
     pushes = [push(0, ONES), replace(push(2, None), step=1)]
     membership = Membership(3, (0, 2))
-    update = update_of(pushes, 3, 4, None, membership, in_lockstep=False)
+    update = update_of(pushes, 3, 4, None, membership, consistency=Consistency("async"), spec=SGD)
     assert (update.arrivals, update.contributors, update.membership) == (((0, 3), (2, 1)), (0,), membership)
     assert combined(pushes, 3).arrivals == ()
 
@@ -104,3 +113,39 @@ def test_the_newest_push_says_what_is_in_force() -> None:
     late, newest = push(0, ONES), replace(push(1, ONES), version=5, overrides=rate)
     stand_in = replace(push(2, None), version=9, lost=True)
     assert combined([late, newest, stand_in], 3).overrides == rate
+
+
+def test_where_each_push_is_a_round_its_density_is_its_own() -> None:
+    """One of four pushes every element: that is a density of 1, not of a quarter."""
+    pushes = [push(0, ONES)]
+    update = combined(pushes, 4, consistency=Consistency("async"))
+    closed = closed_round(sealed(update, b""), pushes, threshold=None, version=3, round_seconds=0.0)
+    assert row_of(closed, 0, 4, SGD).push_density == 1.0
+
+
+@given(members=st.integers(1, 8), staleness=st.integers(0, 20))
+def test_a_stale_push_is_divided_by_its_staleness(members: int, staleness: int) -> None:
+    """Law: a gradient weighs 1/max(N, τ); as long as it is not staler than there are members, nothing changes."""
+    version = 21
+    stale = replace(push(0, ONES), version=version - 1 - staleness)
+    updates = [
+        update_of([stale], members, version, None, None, consistency=consistency, spec=SGD)
+        for consistency in (Consistency("async", staleness_aware=True), Consistency("async"))
+    ]
+    weighed, plain = updates
+    assert weighed.mean is not None
+    assert weighed.mean.values.tolist() == [pytest.approx(1 / max(members, staleness))] * 4
+    assert weighed.members == max(members, staleness)
+    if staleness <= members:
+        assert sealed(weighed, b"").update.digest == sealed(plain, b"").update.digest
+
+
+def test_momentum_per_push_is_that_of_the_members_however_stale_the_push() -> None:
+    """What everybody replays has the numbers of the push; the divisor of a stale one is no number of members."""
+    consistency = Consistency("async", momentum_per_push=True, staleness_aware=True)
+    stale = replace(push(0, ONES), version=0, overrides=(Override(0, "lr", 3.0),))
+    update = update_of([stale], 2, 9, None, None, consistency=consistency, spec=SGD)
+    assert update.members == 8
+    assert update.overrides == (Override(0, "lr", 3.0 * (0.5 / 0.75)), Override(0, "momentum", 0.5))
+    alone = update_of([stale], 1, 9, None, None, consistency=Consistency("async", momentum_per_push=True), spec=SGD)
+    assert alone.overrides == stale.overrides

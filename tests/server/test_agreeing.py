@@ -1,5 +1,7 @@
 """Numbers on which the members agree: appended before they are told, the same for all, and not held up by the dead."""
 
+import math
+
 import pytest
 from tests.server.dialogues import CONFIG, Journaled, begin, leave, only, register, say, training
 
@@ -64,7 +66,18 @@ def test_the_mean_is_that_of_those_who_are_asked_for() -> None:
     one = OpenAgreement()
     for rank, value in ((2, 1e16), (0, 1.0), (1, -1e16), (3, 99.0)):
         one.hear(agree(rank, 0, loss=value))
-    agreed = one.conclude((0, 1, 2), 0)
+    agreed = one.conclude((0, 1, 2), 0, 5.0)
     assert agreed is not None
     assert agreed.values == {"loss": 1.0 / 3}
-    assert one.conclude((0, 1, 2), 1) is None
+    assert one.conclude((0, 1, 2), 1, 6.0) is None
+
+
+def test_an_agreement_is_open_since_the_first_of_the_awaited_asked() -> None:
+    """Not while none of them asks, and not any more once it is concluded."""
+    one = OpenAgreement()
+    one.hear(agree(0, 0, loss=1.0))
+    for ranks, now, since in (((1,), 1.0, math.inf), ((0, 1), 2.0, 2.0), ((0, 1), 3.0, 2.0), ((1,), 4.0, math.inf)):
+        assert one.conclude(ranks, 0, now) is None
+        assert one.since == since
+    assert one.conclude((0,), 0, 5.0) is not None
+    assert one.since == math.inf

@@ -1,7 +1,10 @@
 """The engine: events reach one thread in order, errors come back to who caused them, and the thread lives."""
 
 import asyncio
+import gc
 import logging
+import weakref
+from collections.abc import Callable
 
 import pytest
 from tests.server.on_an_engine import Listener, joined_by_another, push, run
@@ -45,6 +48,25 @@ def test_an_error_comes_back_to_who_caused_it() -> None:
             await engine.submit(events.Hello(Worker(0, 9), events.History()))
         await engine.submit(push(0))
         assert listener.heard == [1]
+
+    run(scenario)
+
+
+def test_an_error_is_let_go_by_whoever_has_heard_it() -> None:
+    """Else each refusal would keep what was refused, a frame of megabytes say, until the garbage collector comes by."""
+
+    async def scenario(engine: Engine, listener: Listener) -> None:
+        heard: Callable[[], Exception | None] = Exception
+        gc.disable()
+        try:
+            try:
+                await engine.submit(events.Hello(Worker(0, 9), events.History()))
+            except ProtocolError as error:
+                heard = weakref.ref(error)
+            await engine.submit(push(0))  # so that the thread has another event in hand
+            assert heard() is None
+        finally:
+            gc.enable()
 
     run(scenario)
 
@@ -94,7 +116,7 @@ def test_time_passes_without_events() -> None:
         assert "worker 1 is connected but has not pushed" in await asyncio.wait_for(listener.failed, 30)
         assert engine.statistics().state == "failed"
 
-    run(scenario, round_timeout=0.0)
+    run(scenario, round_timeout=0.0, lease=0.0)
 
 
 def test_time_passes_under_load() -> None:
@@ -112,7 +134,7 @@ def test_time_passes_under_load() -> None:
 
         await asyncio.wait_for(asyncio.gather(chatter(), chatter()), 60)
 
-    run(scenario, round_timeout=0.0)
+    run(scenario, round_timeout=0.0, lease=0.0)
 
 
 def test_a_full_mailbox_makes_its_senders_wait() -> None:

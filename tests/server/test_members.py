@@ -11,7 +11,7 @@ from tests.server.dialogues import register
 from thresher.protos.errors import FencedError, ProtocolError, RegistrationError
 from thresher.protos.update import Membership
 from thresher.server.events import Register, Worker
-from thresher.server.members import Member, Members, MemberState
+from thresher.server.members import MOST_RANKS, Member, Members, MemberState
 
 LEASE = 5.0
 
@@ -74,6 +74,26 @@ def test_a_wrong_number_of_workers_is_refused(wrong: Register) -> None:
 def test_a_further_rank_may_join() -> None:
     """The run grows, whatever number of workers the newcomer was told."""
     Members(3).check_admission(register(7, workers=8))
+
+
+def test_a_rank_is_bounded() -> None:
+    """A shard keeps a record of each, so the largest rank says how much a worker can make it keep."""
+    Members(3).check_admission(register(MOST_RANKS - 1, workers=8))
+    with pytest.raises(RegistrationError, match="worker 65536 cannot join: ranks are below 65536; give it another"):
+        Members(3).check_admission(register(MOST_RANKS, workers=8))
+
+
+@pytest.mark.parametrize(
+    "absurd", [Membership(2**64 - 1, (0,)), Membership(70_000, (0,)), Membership(1, (0, 2**32 - 1))]
+)
+def test_a_membership_that_no_shard_would_say_is_refused(absurd: Membership) -> None:
+    """It comes with a push: such an epoch would outdo all that the first shard ever says, such a rank take memory."""
+    members = Members(3)
+    before = list(members)
+    with pytest.raises(ProtocolError, match=r"membership \d+ is told; here it is 0|rank \d+ in a membership"):
+        members.adopt(absurd)
+    assert members.membership == Membership(0, (0, 1, 2))
+    assert list(members) == before
 
 
 @pytest.mark.parametrize("worker", [Worker(0, 1), Worker(1, 0), Worker(1, 2), Worker(9, 1), Worker(0, 0)])

@@ -36,7 +36,7 @@ def served() -> Iterator[Served]:
 def test_a_registration_is_answered(served: Served) -> None:
     """The worker learns the run, the version, and how long a round may take; again it hears the same."""
     answer = served.register(0)
-    assert (answer.version, answer.seeded, answer.answer_timeout) == (0, False, 1800.0)
+    assert (answer.version, answer.seeded, answer.answer_timeout) == (0, False, 3660.0)
     assert answer.run > 0
     assert served.register(0) == answer
 

@@ -220,7 +220,7 @@ def test_the_others_go_on_without_a_worker_whose_lease_is_over() -> None:
 
 def test_a_round_that_waits_too_long_fails_the_run_and_names_who_is_missing() -> None:
     """All streams end with the reason, and new calls hear the same."""
-    with serving(round_timeout=0.0, start_timeout=0.0) as served:
+    with serving(round_timeout=0.0, start_timeout=0.0, lease=0.0) as served:
         first, second = served.join()
         first.say(*push(0, GOOD))
         code, error = first.hear_refusal()

@@ -21,6 +21,7 @@ from tests.server.conversing import (
     zeros,
 )
 
+from thresher.protos.codec import encode
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import (
     BehindError,
@@ -30,9 +31,11 @@ from thresher.protos.errors import (
     ProtocolError,
     ThresherError,
 )
+from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.sealed import sealed
 from thresher.protos.snapshots import pack_state
+from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Update
 from thresher.server import events
 from thresher.server.config import ShardConfig
@@ -111,7 +114,7 @@ def test_an_update_that_closes_during_a_hello_is_heard_whoever_else_says_one() -
             await engine.submit(register_from_message(register(0, workers=1)))
             await engine.submit(events.Seed(events.Worker(0, 1), {PARAMETERS: torch.zeros(4)}, {}))
             await engine.submit(register_from_message(register(0, workers=1, incarnation=2)))
-            stream, replaced = Stream(), Stream()
+            stream, replaced = Stream(1 << 20), Stream(1 << 20)
             greetings = [
                 asyncio.ensure_future(servicer._greet(hello(0, incarnation=2), stream)),
                 asyncio.ensure_future(servicer._greet(hello(0, incarnation=1), replaced)),
@@ -127,6 +130,30 @@ def test_an_update_that_closes_during_a_hello_is_heard_whoever_else_says_one() -
             await asyncio.to_thread(engine.stop)
 
     assert asyncio.run(scenario()) == [1]
+
+
+def test_a_worker_that_does_not_read_is_told_no_more_and_may_come_back() -> None:
+    """The others go on, the shard holds no more for it than its log would, and it is told so when it reads again."""
+    layout = Layout((TensorSpec("w", (50_000,), "float32"),))
+    frame = encode(SparseGradient.dense(torch.arange(50_000) / 3))
+    with serving(log_cap_bytes=1 << 20) as served:
+        first, second = served.join(layout=layout, consistency=Consistency("async", downlink="updates"))
+        served.wait_until(1, "exchanging")
+        step = 0
+        while served.statistics().workers[1].state == "exchanging":
+            first.say(*push(step, frame))
+            step = first.hear_update(layout).version
+            assert step < 100
+        versions: list[int] = []
+        with pytest.raises(grpc.RpcError) as caught:
+            versions.extend(second.hear_update(layout).version for _ in range(100))
+        code, error = refusal(caught.value)
+        assert (code, type(error)) == (CODE.RESOURCE_EXHAUSTED, BehindError)
+        assert "worker 1 does not read what it is told" in str(error)
+        at = served.parts()[0].history
+        assert at.version == step > len(versions)
+        again = served.talk(hello(1, history=at), *push(0, frame, version=at.version))
+        assert again.hear_update(layout).version == step + 1
 
 
 # --- a second life -----------------------------------------------------------------------------------------

@@ -138,6 +138,29 @@ def test_in_ssp_who_is_too_far_ahead_waits_for_the_slowest() -> None:
     assert arrivals == [((1, 0),), ((0, 2),)]
 
 
+@pytest.mark.parametrize("crashed", [False, True])
+def test_in_ssp_a_newcomer_begins_at_the_pace_of_the_slowest(crashed: bool) -> None:
+    """Its first step holds nobody up, and from there it is waited for like the others, also after a restart."""
+    journal = Journaled(CONFIG)
+    journal.keep(begin(journal.shard, 2, SSP))
+    for step in range(10):
+        for rank in (0, 1):
+            journal.say(push(rank, step))
+    here = history_of(journal.shard)
+    for event in (register(2, consistency=SSP), hello(2, here), push(0, 10, version=20)):
+        journal.say(event)
+    if crashed:
+        journal.crash()
+        for rank in range(3):
+            journal.say(hello(rank, history_of(journal.shard)))
+    assert journal.shard._state.members.counted[2].pace == 10
+    assert len(updates(journal.say(push(0, 11, version=20)))) == 1
+    assert not updates(journal.say(push(0, 12, version=20)))
+    assert len(updates(journal.say(push(1, 10, version=20)))) == 1
+    assert [one.arrivals for one in updates(journal.say(push(2, 0, version=20)))] == [((2, 0),), ((0, 12),)]
+    journal.check_replay()
+
+
 def test_in_ssp_nobody_waits_for_who_has_gone() -> None:
     """Whether it left, or was away for longer than its lease."""
     for event, now in ((leave(1), 0.0), (events.Disconnect(Worker(1, 1)), CONFIG.lease)):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.server.conversing import LAYOUT, SGD, frame_of, register, zeros
 
 from thresher.protos.consistency import Consistency
-from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, ProtocolError
+from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, ProtocolError, RegistrationError
 from thresher.protos.optimizers import Override
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.snapshots import pack_state, unpack_state
@@ -66,13 +66,25 @@ def test_a_registration_of_another_understanding_is_refused() -> None:
         register_from_message(message)
 
 
+@pytest.mark.parametrize("name", ["origin", "metrics_address"])
+def test_what_is_kept_of_a_worker_for_people_is_bounded(name: str) -> None:
+    """Of each rank: nobody reads more, and a message may hold megabytes."""
+    message = register(3)
+    setattr(message, name, "x" * 1000)
+    assert register_from_message(message).worker.rank == 3
+    setattr(message, name, "x" * 1001)
+    with pytest.raises(RegistrationError, match="origin and metrics address of worker 3 have over 1000 characters"):
+        register_from_message(message)
+
+
 def test_the_answer_to_a_registration_is_written_whole() -> None:
     """Where the shard is, what became of the rank's pushes, and how long an answer may take."""
     answer = effects.Registered(HISTORY, True, 4, True, Verdict.RETURNED, Membership(2, (0, 3)), 6)
-    config = ShardConfig(0, 1, 2, start_timeout=100.0, round_timeout=50.0)
+    config = ShardConfig(0, 1, 2, start_timeout=100.0, round_timeout=50.0, lease=20.0)
     assert registered_to_message(answer, config) == pb.RegisterResponse(
-        run=5, version=7, seeded=True, answer_timeout=100.0, settled_steps=4, in_open_round=True,
+        run=5, version=7, seeded=True, answer_timeout=170.0, settled_steps=4, in_open_round=True,
         last_verdict=pb.VERDICT_RETURNED, membership=pb.Membership(epoch=2, ranks=[0, 3]), agreements=6,
+        round_timeout=50.0, lease=20.0,
     )  # fmt: skip
 
 
@@ -164,6 +176,12 @@ def test_each_verdict_has_its_word_on_the_wire(verdict: Verdict) -> None:
     result = judged_to_message(effects.Judged(4, verdict, "why")).result
     assert (result.step, result.reason) == (4, "why")
     assert pb.Verdict.Name(result.verdict) == f"VERDICT_{verdict.name}"
+
+
+def test_a_reason_that_quotes_much_is_cut() -> None:
+    """It waits at the shard until the worker reads it."""
+    result = judged_to_message(effects.Judged(4, Verdict.REJECTED, "why " * 1000)).result
+    assert result.reason == "why " * 250
 
 
 def test_an_agreement_is_written_whole() -> None:

@@ -1,14 +1,20 @@
 """Every wait has a deadline, and before it fails it says who is missing."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from tests.server.dialogues import (
+    ASYNC,
     CONFIG,
+    LOCKSTEP,
     NUMEL,
+    QUORUM,
     SSP,
     close_round,
     hello,
+    history_of,
     leave,
     of,
     only,
@@ -20,15 +26,21 @@ from tests.server.dialogues import (
     training,
 )
 
+from thresher.protos.consistency import Consistency
 from thresher.protos.errors import RoundFailedError
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.server import effects, events
+from thresher.server.effects import Effect
 from thresher.server.events import Worker
 from thresher.server.shard import Shard
 
 
 def failure(shard: Shard, now: float) -> str:
     return only(effects.Failed, say(shard, events.Tick(), now)).reason
+
+
+def agree(rank: int, number: int = 0) -> events.Agree:
+    return events.Agree(Worker(rank, 1), number, {"loss": 1.0})
 
 
 def test_a_worker_that_never_comes_is_named() -> None:
@@ -71,12 +83,82 @@ def test_a_lost_worker_is_named_while_its_lease_runs() -> None:
     assert not of(effects.Failed, say(shard, events.Tick(), 26.0))
 
 
+def test_a_round_does_not_fail_while_a_lease_runs() -> None:
+    """Who was lost just before the deadline is waited for until its lease ends, and then the others go on."""
+    shard = training(round_timeout=30.0, lease=5.0)
+    say(shard, push(0, 0), 0.0)
+    say(shard, events.Disconnect(Worker(1, 1)), 29.0)
+    assert not of(effects.Failed, say(shard, events.Tick(), 33.9))
+    assert of(effects.Publish, say(shard, events.Tick(), 34.0))
+
+
 def test_a_push_that_waits_for_the_slowest_has_the_same_deadline() -> None:
     """In ssp it is held, not in a round; the slow one is named."""
     shard = training(2, SSP)
     for step in range(3):
         say(shard, push(0, step))
     assert "worker 1 (host:1) is connected but has not pushed" in failure(shard, CONFIG.round_timeout)
+
+
+@pytest.mark.parametrize("mode", [LOCKSTEP, QUORUM, SSP, ASYNC], ids=Consistency.describe)
+def test_an_agreement_that_a_worker_never_asks_for_names_it(mode: Consistency) -> None:
+    """Notices, then the deadline, in every mode: worker, shard, number of the agreement, and what to do."""
+    shard = training(3, mode)
+    for rank in range(3):
+        say(shard, agree(rank, 0), 0.0)
+    for rank in (0, 2):
+        say(shard, agree(rank, 1), 100.0)
+    noticed = [second for second in range(100, 130) if say(shard, events.Tick(), float(second))]
+    assert noticed == [110, 120]
+    reason = failure(shard, 130.0)
+    assert (
+        "agreement 1 of shard 0 was open for 30.0 s, its deadline: worker 1 (host:1) is connected but has not" in reason
+    )
+    assert "worker 0" not in reason
+    assert "All must ask alike, in mean() and stop(). Look at the log of who is missing" in reason
+    with pytest.raises(RoundFailedError, match=r"agreement 1 of shard 0 .* worker 1"):
+        say(shard, agree(1, 1))
+
+
+def test_one_that_pushes_where_the_other_asks_is_told_apart() -> None:
+    """Neither goes on, and each notice says what the other one waits for instead."""
+    shard = training()
+    say(shard, agree(0), 0.0)
+    say(shard, push(1, 0), 0.0)
+    of_round, of_agreement = [notice.text for notice in of(effects.Notice, say(shard, events.Tick(), 10.0))]
+    assert "round 0 of shard 0 has been open for 10 s: worker 0 (host:0) waits for agreement 0 instead" in of_round
+    assert "worker 1 (host:1) is connected but has not asked and waits for its push of step 0 instead" in of_agreement
+
+
+def test_an_agreement_waits_for_a_lease_and_is_forgotten_with_who_asked() -> None:
+    """Who is lost has its lease; where all who asked have gone, nobody waits."""
+    shard = training()
+    say(shard, agree(0), 0.0)
+    say(shard, events.Disconnect(Worker(1, 1)), 29.0)
+    assert not of(effects.Failed, say(shard, events.Tick(), 33.0))
+    assert of(effects.Tell, say(shard, events.Tick(), 34.0))
+    shard = training()
+    say(shard, agree(0), 0.0)
+    say(shard, leave(0), 1.0)
+    assert say(shard, events.Tick(), 1e6) == []
+
+
+def test_who_is_dropped_and_who_is_let_in_are_told() -> None:
+    """With worker, shard, version and steps; one that leaves has said so itself."""
+    shard = training(3)
+    close_round(shard, (0, 1, 2), 0)
+    say(shard, leave(2))
+    say(shard, events.Disconnect(Worker(1, 1)), 1.0)
+    say(shard, push(0, 1), 2.0)
+    done = say(shard, events.Tick(), 6.0)
+    notice = only(effects.Notice, done)
+    assert "shard 0 at version 2 goes on without worker 1 (host:1), which was lost 5.0 s ago" in notice.text
+    assert "after 1 steps: its lease is 5 s. Look at its log" in notice.text
+    say(shard, hello(1, history_of(shard)), 7.0)
+    say(shard, push(0, 2), 7.0)
+    notice = only(effects.Notice, say(shard, events.Tick(), 7.0))
+    assert notice.text == "shard 0 at version 3 lets in worker 1 (host:1), after 1 steps of its own"
+    assert say(shard, events.Tick(), 7.0) == []
 
 
 def test_a_round_without_pushes_waits_for_ever() -> None:
@@ -90,7 +172,8 @@ def test_after_a_failure_everybody_hears_why() -> None:
     """Worker, reason, and when; nothing more happens, and what a failure may have spoilt is not kept."""
     shard = training()
     reason = only(effects.Failed, say(shard, events.Abort(Worker(1, 1), "CUDA out of memory"))).reason
-    assert reason == "worker 1 (host:1) stopped after 0 steps: CUDA out of memory"
+    said = "worker 1 (host:1) stopped after 0 steps: CUDA out of memory (shard 0 is at version 0; see its log)"
+    assert reason == said
     assert (shard.statistics().state, shard.statistics().failure) == ("failed", reason)
     for event in (push(0, 0), hello(1), register(1), leave(0), seed(), events.Agree(Worker(0, 1), 0, {})):
         with pytest.raises(RoundFailedError, match="CUDA out of memory"):
@@ -98,6 +181,43 @@ def test_after_a_failure_everybody_hears_why() -> None:
     assert say(shard, events.Tick(), 1000.0) == []
     assert say(shard, events.Drain()) == []
     assert say(shard, events.Abort(Worker(0, 1), "me too")) == []
+
+
+def never_came() -> list[Effect]:
+    shard = Shard(CONFIG)
+    for event in (register(0), seed(), hello(0), push(0, 0)):
+        say(shard, event)
+    return say(shard, events.Tick(), 100.0)
+
+
+def never_asks() -> list[Effect]:
+    shard = training()
+    say(shard, agree(0))
+    return say(shard, events.Tick(), 30.0)
+
+
+def never_pushes() -> list[Effect]:
+    shard = training()
+    say(shard, push(0, 0))
+    return say(shard, events.Tick(), 30.0)
+
+
+def gives_up() -> list[Effect]:
+    return say(training(), events.Abort(Worker(1, 1), "no memory"))
+
+
+def overflows() -> list[Effect]:
+    shard = training()
+    say(shard, push(0, 0, 3e38))
+    return say(shard, push(1, 0, 3e38))
+
+
+@pytest.mark.parametrize("fail", [never_came, never_asks, never_pushes, gives_up, overflows])
+def test_every_failure_says_who_where_when_and_what_to_do(fail: Callable[[], list[Effect]]) -> None:
+    """Worker, shard, round or version or agreement, and the next thing to try."""
+    reason = only(effects.Failed, fail()).reason
+    for said in (r"workers? \[?[01]", r"shard 0", r"(round|agreement|version) 0", r"log|lower"):
+        assert re.search(said, reason), (said, reason)
 
 
 def test_what_the_shard_needs_may_fail() -> None:

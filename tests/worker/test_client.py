@@ -11,7 +11,7 @@ from tests.worker.training import Cluster, cluster
 from torch import Tensor, nn
 
 from thresher.deploy.in_process import in_process
-from thresher.protos import faults
+from thresher.protos import faults, timeouts
 from thresher.protos.errors import ConnectionTimeoutError, FencedError, ProtocolError, RoundFailedError
 from thresher.protos.snapshots import pack_state
 from thresher.v1 import aggregation_pb2 as pb
@@ -46,7 +46,9 @@ def test_a_push_that_is_rejected() -> None:
     with in_process(shards=1, workers=1) as served, talking(served.addresses[0]) as client:
         begin(client)
         client.push(pb.Push(step=5, version=5, skipped=True), b"")
-        with pytest.raises(RoundFailedError, match=r"push 5 was REJECTED: .* round 0 is open"):
+        with pytest.raises(
+            RoundFailedError, match=r"worker 0 and shard 0 at .*: push 5 was REJECTED: .* round 0 is open"
+        ):
             client.wait()
 
 
@@ -72,6 +74,23 @@ def test_the_older_of_two_lives_is_fenced() -> None:
             newer.leave(pb.Leave(), b"")
 
 
+def test_a_shard_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It should speak first; where it does not, the error names both, what was said, where, and what to try."""
+    monkeypatch.setattr(timeouts, "MARGIN_SECONDS", 0.0)
+    with in_process(shards=1, workers=2) as served:
+        calls = ShardCalls(0, served.addresses[0], "worker 0")
+        client = ShardClient(calls, registration(workers=2), answer_timeout=0.1, patience=0.1)
+        begin(client)
+        client.push(pb.Push(step=0, version=0, skipped=True), b"")
+        named = r"shard 0 at \S+ has not answered worker 0 in 0 s, on {} at version 0, .* look at its log"
+        with pytest.raises(RoundFailedError, match=named.format("its push of step 0")):
+            client.wait()
+        client.ask(0, {"loss": 1.0})
+        with pytest.raises(RoundFailedError, match=named.format("what it asked in agreement 0")):
+            client.wait_agreed(0)
+        client.close()
+
+
 def test_before_it_is_opened() -> None:
     """Closing is always possible, twice too."""
     with talking(unused_address()) as client:
@@ -89,7 +108,10 @@ def test_a_shard_that_does_not_come_back() -> None:
             client.push(pb.Push(step=0, version=0, skipped=True), b"")
             client.wait()
             proxy.close()
-            with pytest.raises(ConnectionTimeoutError, match=r"lost shard 0 at .*, and not found it again in 0 s"):
+            with pytest.raises(
+                ConnectionTimeoutError,
+                match=r"worker 0 has lost shard 0 at \S+, and not found it again in 0 s; it was at version 1",
+            ):
                 client.wait()
 
 

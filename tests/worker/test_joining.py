@@ -2,13 +2,15 @@
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from thresher.deploy.in_process import in_process
-from thresher.protos.errors import ConnectionTimeoutError, LayoutError, RegistrationError
+from thresher.protos.consistency import Consistency
+from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, LayoutError, RegistrationError
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Settings, connect
@@ -54,6 +56,22 @@ def test_a_missing_shard_is_found_before_any_is_joined() -> None:
             join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
         assert cluster.statistics()[0].members[0].state == "waited for"
     assert not exchange_threads()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reconnect_timeout": 4.0}, "lease of 5 s is longer than reconnect timeout of 4 s: a worker would give up"),
+        ({"consistency": Consistency(quorum=1, grace=10.0)}, "grace of 10 s is longer than round timeout of 9 s"),
+    ],
+)
+def test_time_outs_that_cannot_work_with_those_of_a_shard_are_refused(change: dict[str, Any], message: str) -> None:
+    """The shard says how long it waits; a worker that was told what does not go with that says both, and why."""
+    with in_process(shards=1, workers=1, lease=5.0, round_timeout=9.0) as cluster:
+        settings = replace(settings_of(cluster.addresses), **change)
+        with pytest.raises(ConfigurationError, match=f"worker 0 and shard 0 at .* cannot work together: {message}"):
+            join(settings, model_parameters(nn.Linear(3, 2)), SPEC, GradientPlaced(SPEC), "")
+        assert not exchange_threads()
 
 
 def test_shards_in_another_order_are_refused() -> None:

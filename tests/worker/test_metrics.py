@@ -56,6 +56,7 @@ def test_every_counter_of_the_session_is_served() -> None:
         labels = (("shard", str(shard)), worker)
         expected["thresher_worker_push_bytes_total", labels] = now.push_bytes[shard]
         expected["thresher_worker_pull_bytes_total", labels] = now.pull_bytes[shard]
+        expected["thresher_worker_resent_bytes_total", labels] = 0
     build = {key: value for key, value in found.items() if key[0] == "thresher_build_info"}
     assert list(build.values()) == [1.0]
     assert {key: value for key, value in found.items() if key not in build} == expected

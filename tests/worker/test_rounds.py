@@ -1,11 +1,16 @@
 """Rounds: one push to every shard, one answer from every shard, and means that leave the model as it is."""
 
+import re
+import threading
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from thresher.deploy.in_process import in_process
+from thresher.protos.consistency import Consistency
+from thresher.protos.errors import RoundFailedError
 from thresher.protos.update import Update
 from thresher.worker import Method, Session
 
@@ -29,6 +34,33 @@ def test_the_mean_of_what_the_workers_bring() -> None:
     with in_process(shards=3, workers=2) as cluster:
         for found in cluster.run(work):
             assert torch.equal(found, torch.arange(8.0) * 1.5)
+
+
+@pytest.mark.parametrize("consistency", [Consistency(), Consistency("async")], ids=Consistency.describe)
+def test_an_agreement_that_one_never_asks_for(consistency: Consistency) -> None:
+    """The other is told by the shards who is missing, in which agreement, and what to do."""
+    told = threading.Event()
+    found: list[str] = []
+
+    def work(session: Session) -> None:
+        begin(session)
+        if session.rank == 1:
+            assert told.wait(60)
+            return
+        try:
+            session.mean({"loss": 1.0})
+        except RoundFailedError as error:
+            found.append(str(error))
+        told.set()
+
+    failed = pytest.raises(RoundFailedError)  # the one that never asked finds so when it leaves
+    served = in_process(shards=2, workers=2, consistency=consistency, round_timeout=0.4, lease=0.1)
+    with served as cluster, failed:
+        cluster.run(work)
+    assert re.search(
+        r"agreement 0 of shard [01] was open for .* worker 1 \(.*\) is connected but has not asked", found[0]
+    )
+    assert "All must ask alike, in mean() and stop(). Look at the log of who is missing" in found[0]
 
 
 def test_a_mean_leaves_the_model_and_its_optimizer_as_they_are() -> None:

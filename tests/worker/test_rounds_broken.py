@@ -1,5 +1,6 @@
 """Rounds with shards that die, workers that were away, and every mode: nothing is lost, nothing counts twice."""
 
+import re
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -134,8 +135,11 @@ def test_what_cannot_be_refilled(consistency: Consistency) -> None:
 # Away for longer than the lease
 
 
-def test_a_worker_that_was_away_comes_back() -> None:
-    """The others go on without it; its push comes back, and it goes on from a snapshot, at the step of the others."""
+def test_a_worker_that_was_away_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    """The others go on without it; its push comes back, and it goes on from a snapshot, at the step of the others.
+
+    Shard, the others and itself say so, with rank, shard, version and step.
+    """
     with cluster(1, 2, method=SPARSE, lease=0.2) as served:
         proxy = Proxy(served.settings.addresses[0])
 
@@ -156,6 +160,15 @@ def test_a_worker_that_was_away_comes_back() -> None:
     assert found.verdicts["returned"] == 1
     assert [member.steps for member in found.members] == [100, 29]
     assert [one.steps for one in results] == [100, 30]
+    for said in (
+        r"shard 0 at version \d+ goes on without worker 1 \(.*\), which was lost .* after 4 steps: its lease is 0\.2 s",
+        r"worker 0: worker 1 does not belong to the run from version \d+ of shard 0 at \S+ on",
+        r"worker 1 has step 4 back from shard 0 at \S+: ",
+        r"worker 1 waits to be let in at version \d+ of shard 0 at \S+",
+        r"worker 1 is let in from step \d+ on",
+        r"shard 0 at version \d+ lets in worker 1 \(.*\), after 4 steps of its own",
+    ):
+        assert any(re.search(said, message) for message in caplog.messages), said
 
 
 def test_a_worker_that_was_away_loses_nothing() -> None:

@@ -102,15 +102,9 @@ class Cluster:
 
     def kill(self, shard: int) -> None:
         """End a shard in the middle of everything: connections are cut, no checkpoint is written, nobody is told."""
-
-        async def cut(server: ShardServer) -> None:
-            await server._server.stop(None)
-            await asyncio.to_thread(server._engine.stop)
-            await server._close_outlets()
-
         server = self._servers[shard]
         if server is not None:
-            asyncio.run_coroutine_threadsafe(cut(server), self._loop).result()
+            asyncio.run_coroutine_threadsafe(server.kill(), self._loop).result()
         self._servers[shard] = None
 
     def statistics(self, shard: int = 0) -> ShardStatistics:
@@ -164,7 +158,7 @@ def cluster(
         method=method,
         consistency=consistency or Consistency(),
         state_dir=folder / "workers" if folder is not None and worker_memory else None,
-        reconnect_timeout=20.0,
+        reconnect_timeout=60.0,
     )
     found: Cluster | None = None
     try:
@@ -174,6 +168,7 @@ def cluster(
         for shard in range(shards if found is not None else 0):
             assert found is not None
             found.kill(shard)
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

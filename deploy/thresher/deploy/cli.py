@@ -55,6 +55,8 @@ def launch(
     max_staleness: options.MaxStaleness = 0,
     downlink: options.Downlink = "updates",
     shadow_threshold: options.ShadowThreshold = 0.0,
+    momentum_per_push: options.MomentumPerPush = False,
+    staleness_aware: options.StalenessAware = False,
     seed: options.Seed = 0,
     durability: options.Durability = "process",
     restarts: options.Restarts = 3,
@@ -84,12 +86,11 @@ def launch(
         )  # fmt: skip
         config = LaunchConfig(
             tuple(script or ()), shards, workers, method,
-            Consistency(mode, quorum, grace, staleness, max_staleness, downlink, shadow_threshold),
-            str(Path.cwd()), seed, round_timeout, lease, linger, _factors(threshold_factors),
-            durability, restarts, restart_delay, baseline,
+            Consistency(mode, quorum, grace, staleness, max_staleness, downlink, shadow_threshold, momentum_per_push,
+                        staleness_aware), str(Path.cwd()), seed, round_timeout, lease, linger,
+            _factors(threshold_factors), durability, restarts, restart_delay, baseline,
         )  # fmt: skip
-        folder = _run_folder(runs, name or f"{Path(config.command[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        _launch(config, folder, as_json=as_json)
+        _launch(config, _run_folder(runs, name, config.command[0]), as_json=as_json)
 
 
 def _resume(context: typer.Context, folder: Path) -> None:
@@ -250,8 +251,10 @@ def _check_durability(state_dir: Path | None, durability: str | None) -> None:
 
 
 async def _serve(config: "ServerConfig", *, until_stdin_closes: bool) -> None:  # type: ignore[name-defined]  # noqa: F821
+    from thresher.deploy.lean_start import without_compiler
     from thresher.server.server import ShardServer
 
+    without_compiler()
     begin = time.monotonic()  # the imports are done
     server = ShardServer(config)
     await server.start()
@@ -291,12 +294,13 @@ def _factors(text: str | None) -> tuple[float, ...]:
         raise ConfigurationError(f"threshold factors are numbers, such as 1,1,2, not {text!r}") from None
 
 
-def _run_folder(runs: Path, name: str) -> Path:
-    """Return the folder of a new run, and have ``latest`` point at it.
+def _run_folder(runs: Path, name: str | None, script: str) -> Path:
+    """Return the folder of a new run, and have ``latest`` point at it; one without a name is called by script and time.
 
     Raises:
         ConfigurationError: when there is something of that name; a run is never overwritten.
     """
+    name = name or f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, latest = runs / name, runs / "latest"
     if folder == latest or "/" in name:
         raise ConfigurationError(f"a run cannot be called {name!r}; choose another --name")

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -94,16 +94,13 @@ class InProcess:
         """
         if shard not in self._servers:
             raise ProtocolError(f"shard {shard} does not run")
-        server = self._servers.pop(shard)
-        self._do(server._server.stop(None))  # noqa: SLF001 - no server ends itself in this way
-        with suppress(RuntimeError):  # the thread of the shard cannot wait for itself
-            server._engine.stop()  # noqa: SLF001
-        self._do(server._close_outlets())  # noqa: SLF001
+        self._do(self._servers.pop(shard).kill())
 
     def close(self) -> None:
         """Stop all shards that run."""
         for shard in sorted(self._servers):
             self._do(self._servers.pop(shard).stop(grace=0.5))
+        self._do(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -132,7 +129,7 @@ def in_process(
         consistency: When rounds close; by default when all have pushed.
         state_dir: Where shards and workers keep what must not be lost, in ``shard-N`` and ``workers``; by default they
             keep it in memory only.
-        reconnect_timeout: Seconds for which workers look for a shard that was lost.
+        reconnect_timeout: Seconds for which workers look for a shard that was lost; no less than the lease.
         options: Further fields of `ShardConfig`, such as ``round_timeout``.
 
     Examples:

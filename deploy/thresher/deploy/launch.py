@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final, Self, final
 
 from thresher.deploy.display import Picture
-from thresher.deploy.launch_config import PATIENCE_SECONDS, LaunchConfig
+from thresher.deploy.launch_config import LaunchConfig
 from thresher.deploy.processes import Child, ReservedPort, end_all, kill_all, printed_data
 from thresher.deploy.results import (
     RunResult,
@@ -30,6 +30,7 @@ from thresher.deploy.supervision import Supervised
 from thresher.deploy.tether import Tether
 from thresher.protos import faults
 from thresher.protos.errors import ConfigurationError, ThresherError
+from thresher.protos.timeouts import JOURNAL_SECONDS
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.calls import ShardCalls, ShardLostError
 
@@ -123,12 +124,11 @@ class Launch:
             command = self._serve_command(shard, port.address)
             name = f"shard {shard}"
             start = partial(self._child, name, command, {})
-            supervised = Supervised(name, start, restarts=config.restarts, delay=config.restart_delay, may_end=False)
-            self._shards.append(supervised)
+            self._shards.append(self._supervised(name, start, config.restarts, may_end=False))
             self._clients.append(ShardCalls(shard, port.address, "the launcher"))
 
     def _wait_for_shards(self) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + JOURNAL_SECONDS
         while not self._is_serving():
             self._stop.pause(_POLL_SECONDS / 5)
             self._tend()
@@ -164,7 +164,11 @@ class Launch:
             start = partial(self._worker, rank, config.settings(addresses, rank, state_dir).environment())
             # Without a memory another life would begin the script anew, in the middle of the run.
             restarts = config.restarts if keeps else 0
-            self._workers[rank] = Supervised(f"worker {rank}", start, restarts=restarts, delay=config.restart_delay)
+            self._workers[rank] = self._supervised(f"worker {rank}", start, restarts, may_end=True)
+
+    def _supervised(self, name: str, start: Callable[[], Child], restarts: int, *, may_end: bool) -> Supervised:
+        delay, longest = self._config.restart_delay, self._config.longest_pause
+        return Supervised(name, start, restarts=restarts, delay=delay, longest=longest, may_end=may_end)
 
     def _worker(self, rank: int, variables: dict[str, str]) -> Child:
         if rank in self._workers:

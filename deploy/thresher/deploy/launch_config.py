@@ -8,16 +8,20 @@ from typing import Any, Final, Literal, Self, final, get_args
 
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.timeouts import (
+    LEASE_SECONDS,
+    RESTART_SECONDS,
+    ROUND_SECONDS,
+    check_timeouts,
+    longest_pause,
+    patience_with_shards,
+)
 from thresher.worker import Settings
 from thresher.worker.method import Method
 
 Durability = Literal["none", "process", "disk"]
 """What survives: nothing; the death of any process (written before anybody is told); that of the machine (synced)."""
 
-PATIENCE_SECONDS: Final = 600.0
-"""How long a shard may take to read its journal, and how long workers look for it meanwhile."""
-
-_CONNECT_SECONDS: Final = 60.0
 _SYNC: Final = Consistency()
 
 
@@ -40,7 +44,8 @@ class LaunchConfig:
         threshold_factors: Factors on the run's λ, one for each worker; none means 1 for all.
         durability: What shards and workers keep on disk.
         restarts: How often each process that was killed is started again.
-        restart_delay: Seconds before the first restart of a process; doubled for each further one.
+        restart_delay: Seconds before the first restart of a process; doubled for each further one, up to
+            `longest_pause`.
         baseline: Run once more with everything sent.
 
     Raises:
@@ -54,13 +59,13 @@ class LaunchConfig:
     consistency: Consistency = _SYNC
     directory: str = "."
     seed: int = 0
-    round_timeout: float = 1800.0
-    lease: float = 60.0
+    round_timeout: float = ROUND_SECONDS
+    lease: float = LEASE_SECONDS
     linger: float = 0.0
     threshold_factors: tuple[float, ...] = ()
     durability: Durability = "process"
     restarts: int = 3
-    restart_delay: float = 1.0
+    restart_delay: float = RESTART_SECONDS
     baseline: bool = False
 
     def __post_init__(self) -> None:
@@ -76,15 +81,25 @@ class LaunchConfig:
             )
         if self.durability not in get_args(Durability):
             raise ConfigurationError(f"durability is one of {', '.join(get_args(Durability))}, not {self.durability!r}")
-        if self.restarts < 0 or not 0 <= self.restart_delay < float("inf"):
-            raise ConfigurationError(
-                f"restarts and restart delay must not be negative, not {self.restarts}, {self.restart_delay}"
-            )
+        if self.restarts < 0:
+            raise ConfigurationError(f"restarts must not be negative, not {self.restarts}")
+        check_timeouts(
+            round_timeout=self.round_timeout,
+            lease=self.lease,
+            restart_delay=self.restart_delay,
+            grace=self.consistency.grace,
+            linger=self.linger,
+        )
         if self.consistency.quorum > self.workers:
             raise ConfigurationError(f"a quorum of {self.consistency.quorum} is more than {self.workers} workers")
         if not self.command or not Path(self.directory, self.command[0]).is_file():
             raise ConfigurationError(f"there is no script {self.command[0] if self.command else ''!r}")
         self.settings(("no shard yet",), 0, None)  # it checks the rest
+
+    @property
+    def longest_pause(self) -> float:
+        """Seconds before a restart, at most."""
+        return longest_pause(self.lease, self.restart_delay)
 
     def settings(self, addresses: Sequence[str], rank: int, state_dir: Path | None) -> Settings:
         """Return what one worker is told."""
@@ -96,8 +111,8 @@ class LaunchConfig:
             self.method,
             self.consistency,
             state_dir,
-            connect_timeout=_CONNECT_SECONDS,
-            reconnect_timeout=PATIENCE_SECONDS,
+            state_sync=self.durability == "disk",
+            reconnect_timeout=patience_with_shards(self.lease, self.restart_delay),
             threshold_factor=self.threshold_factors[rank] if self.threshold_factors else 1.0,
             metrics_listen="127.0.0.1:0",
         )

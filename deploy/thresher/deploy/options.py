@@ -49,7 +49,13 @@ Downlink = Annotated[
     DownlinkName, Option(help="Workers replay updates, or copy assignments to the shadow of the parameters.")
 ]
 ShadowThreshold = Annotated[float, Option(help="How far the shadow may be from a parameter, in its unit.")]
-RoundTimeout = Annotated[float, Option(help="Seconds a round waits for a connected worker.")]
+MomentumPerPush = Annotated[
+    bool, Option(help="Of ssp and async: momenta decay in N pushes as much as elsewhere in one round.")
+]
+StalenessAware = Annotated[
+    bool, Option(help="Of ssp and async: a push staler than N versions is divided by its staleness.")
+]
+RoundTimeout = Annotated[float, Option(help="Seconds a round or an agreement waits for a connected worker.")]
 Lease = Annotated[float, Option(help="Seconds a round waits for a worker that was lost; then the others go on.")]
 
 # What survives
@@ -58,7 +64,10 @@ Durability = Annotated[
     Option(help="What a kill leaves: none, nothing; process, all; disk, all when the machine fails too."),
 ]
 Restarts = Annotated[int, Option(help="How often each process that was killed is started again.")]
-RestartDelay = Annotated[float, Option(help="Seconds before a first restart; doubled for each further one.")]
+RestartDelay = Annotated[
+    float,
+    Option(help="Seconds before a first restart; doubled for each further one, up to half the lease."),
+]
 Resume = Annotated[
     Path | None, Option(help="Folder of a stopped or failed run, which goes on where it was; no script then.")
 ]

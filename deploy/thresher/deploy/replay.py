@@ -117,7 +117,8 @@ class ShardReplay:
             if generation in self._history.generations:
                 checkpoint = self._history.checkpoint(generation)
                 restored = _restored(checkpoint)
-                if state is None or restored.version > state.version:
+                refilled = restored.newest is None and restored.version > 0  # by a worker's replica, not by the log
+                if state is None or refilled:
                     state = restored
                     begun.append(state.version)
                 else:

@@ -166,7 +166,7 @@ def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: first[name] for name in shared},
         "numel": numel,
         **total,
-        "push_density": total["pushed_elements"] / (first["members"] * numel),
+        "push_density": sum(row["push_density"] * row["numel"] for row in rows) / numel,
         "update_density": total["update_elements"] / numel,
         "residual_norm": math.sqrt(total["residual_squared"]),
         "round_seconds": max(row["round_seconds"] for row in rows),

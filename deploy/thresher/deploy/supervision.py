@@ -9,7 +9,6 @@ from thresher.deploy.processes import Child
 
 _logger = logging.getLogger(__name__)
 
-_LONGEST_DELAY: Final = 60.0
 _LEFT: Final = 128 + signal.SIGTERM  # a worker that was asked to end has sent what it kept back, and left
 
 
@@ -25,6 +24,7 @@ class Supervised:
         start: Begins a life.
         restarts: How many lives may follow the first.
         delay: Seconds before the second one.
+        longest: Seconds to which that grows.
         may_end: It may end well, by itself; a shard may not.
 
     Attributes:
@@ -33,11 +33,19 @@ class Supervised:
     """
 
     def __init__(
-        self, name: str, start: Callable[[], Child], *, restarts: int, delay: float, may_end: bool = True
+        self,
+        name: str,
+        start: Callable[[], Child],
+        *,
+        restarts: int,
+        delay: float,
+        longest: float,
+        may_end: bool = True,
     ) -> None:
         """Begin the first life."""
         self.name = name
-        self._start, self._limit, self._delay, self._may_end = start, restarts, delay, may_end
+        self._start, self._limit, self._may_end = start, restarts, may_end
+        self._delay, self._longest = delay, longest
         self._due: float | None = None
         self._over = False
         self.restarts = 0
@@ -67,7 +75,7 @@ class Supervised:
         if code is None or code >= 0 or self._over or self.has_failed:
             return
         if self._due is None:
-            pause = min(self._delay * 2.0 ** min(self.restarts, 32), _LONGEST_DELAY)
+            pause = min(self._delay * 2.0 ** min(self.restarts, 32), self._longest)
             self._due = now + pause
             _logger.warning("%s: %s; started again in %.1f s", self.name, self.child.ending(), pause)
         if now < self._due:

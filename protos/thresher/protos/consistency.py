@@ -28,6 +28,8 @@ class Consistency:
         max_staleness: A push computed on a version older than this is returned to the worker's residual; 0 takes all.
         downlink: ``updates``, workers replay the log; ``shadow``, they copy assignments.
         shadow_threshold: λ_w of the shadow, in units of parameters.
+        momentum_per_push: Of ``ssp`` and ``async``: momenta decay in N pushes as much as elsewhere in one round.
+        staleness_aware: Of ``ssp`` and ``async``: a push that is staler than N versions is divided by its staleness.
 
     Raises:
         ConfigurationError: for settings out of range, or that belong to another mode.
@@ -40,6 +42,8 @@ class Consistency:
     max_staleness: int = NEVER_TOO_STALE
     downlink: Downlink = "updates"
     shadow_threshold: float = 0.0
+    momentum_per_push: bool = False
+    staleness_aware: bool = False
 
     def __post_init__(self) -> None:
         """Check before anything is started."""
@@ -60,6 +64,9 @@ class Consistency:
             raise ConfigurationError("max_staleness makes no sense where every member is waited for")
         if self.shadow_threshold and self.downlink != "shadow":
             raise ConfigurationError("a shadow threshold needs downlink 'shadow'")
+        for name in ("momentum_per_push", "staleness_aware"):
+            if getattr(self, name) and self.mode == "sync":
+                raise ConfigurationError(f"{name} belongs to ssp and async, where each push is a round, not to sync")
 
     @property
     def lockstep(self) -> bool:
@@ -77,4 +84,6 @@ class Consistency:
         parts += [f"staleness {self.staleness}"] if self.mode == "ssp" else []
         parts += [f"max staleness {self.max_staleness}"] if self.max_staleness else []
         parts += [f"shadow {self.shadow_threshold:g}"] if self.downlink == "shadow" else []
+        parts += ["momentum per push"] if self.momentum_per_push else []
+        parts += ["staleness-aware"] if self.staleness_aware else []
         return ", ".join(parts)

@@ -71,6 +71,8 @@ def consistency_to_message(consistency: Consistency) -> pb.Consistency:
         max_staleness=consistency.max_staleness,
         downlink=consistency.downlink,
         shadow_threshold=consistency.shadow_threshold,
+        momentum_per_push=consistency.momentum_per_push,
+        staleness_aware=consistency.staleness_aware,
     )
 
 
@@ -84,6 +86,8 @@ def consistency_from_message(message: pb.Consistency) -> Consistency:
         max_staleness=message.max_staleness,
         downlink=cast("Downlink", message.downlink),
         shadow_threshold=message.shadow_threshold,
+        momentum_per_push=message.momentum_per_push,
+        staleness_aware=message.staleness_aware,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, final
 
 from thresher.protos.credentials import NO_CREDENTIALS, Credentials
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.timeouts import PING_SECONDS, PONG_SECONDS
 
 Request = TypeVar("Request")
 Call = TypeVar("Call")
@@ -37,11 +38,12 @@ TOKEN_HEADER: Final = "authorization"  # noqa: S105 - a name, no secret
 MESSAGE_BYTES: Final = 4 << 20
 """Largest message: a registration has up to 3 MiB, a chunk 1 MiB. Longer ones are refused before they are read."""
 
-_PING_MS: Final = 10_000
+_PING_MS: Final = 1000 * PING_SECONDS
+_PONG_MS: Final = 1000 * PONG_SECONDS
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_time_ms", _PING_MS),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", _PONG_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),  # shards are not on the web, and a proxy there for the web does not know them
@@ -52,7 +54,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_time_ms", _PING_MS),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", _PONG_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     # A server refuses pings that come more often than this; it must allow what the workers send.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 2),

@@ -32,7 +32,7 @@ class Update:
 
     Attributes:
         version: The version it creates, counted from 1.
-        members: The divisor of the mean: how many workers belonged to the run.
+        members: The divisor of the mean: how many workers belonged to the run; more where a stale push weighs less.
         contributors: Ranks whose pushes are in the mean, ascending.
         mean: Sum of the pushes in rank order over ``members``, on the shard's slice; None when every member skipped.
         presence: Segments that at least one contributor had a gradient for; the optimizer leaves the rest alone.

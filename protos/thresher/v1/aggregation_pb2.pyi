@@ -270,6 +270,8 @@ class Consistency(google.protobuf.message.Message):
     MAX_STALENESS_FIELD_NUMBER: builtins.int
     DOWNLINK_FIELD_NUMBER: builtins.int
     SHADOW_THRESHOLD_FIELD_NUMBER: builtins.int
+    MOMENTUM_PER_PUSH_FIELD_NUMBER: builtins.int
+    STALENESS_AWARE_FIELD_NUMBER: builtins.int
     mode: builtins.str
     """"sync", "ssp" or "async"."""
     quorum: builtins.int
@@ -284,6 +286,10 @@ class Consistency(google.protobuf.message.Message):
     """"updates" (workers replay the log) or "shadow" (workers copy assignments)."""
     shadow_threshold: builtins.float
     """Threshold of the shadow, in units of parameters."""
+    momentum_per_push: builtins.bool
+    """In ssp and async: momenta decay in as many pushes as there are members as much as elsewhere in one round."""
+    staleness_aware: builtins.bool
+    """In ssp and async: a push staler than there are members, in versions, is divided by its staleness."""
     def __init__(
         self,
         *,
@@ -294,8 +300,10 @@ class Consistency(google.protobuf.message.Message):
         max_staleness: builtins.int = ...,
         downlink: builtins.str = ...,
         shadow_threshold: builtins.float = ...,
+        momentum_per_push: builtins.bool = ...,
+        staleness_aware: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["downlink", b"downlink", "grace_seconds", b"grace_seconds", "max_staleness", b"max_staleness", "mode", b"mode", "quorum", b"quorum", "shadow_threshold", b"shadow_threshold", "staleness", b"staleness"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["downlink", b"downlink", "grace_seconds", b"grace_seconds", "max_staleness", b"max_staleness", "mode", b"mode", "momentum_per_push", b"momentum_per_push", "quorum", b"quorum", "shadow_threshold", b"shadow_threshold", "staleness", b"staleness", "staleness_aware", b"staleness_aware"]) -> None: ...
 
 global___Consistency = Consistency
 
@@ -413,6 +421,8 @@ class RegisterResponse(google.protobuf.message.Message):
     LAST_VERDICT_FIELD_NUMBER: builtins.int
     MEMBERSHIP_FIELD_NUMBER: builtins.int
     AGREEMENTS_FIELD_NUMBER: builtins.int
+    ROUND_TIMEOUT_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
     run: builtins.int
     """Random number of the run; equal in everything this shard says during its life."""
     version: builtins.int
@@ -420,7 +430,7 @@ class RegisterResponse(google.protobuf.message.Message):
     seeded: builtins.bool
     """True when the shard has its starting values."""
     answer_timeout: builtins.float
-    """Seconds after which a push is answered at the latest, if only by the reason why its round has failed."""
+    """Seconds after which a push or an agreement is answered at the latest, if only by the reason why it has failed."""
     settled_steps: builtins.int
     """One more than the last step of this rank whose push has its verdict; 0 before the first."""
     in_open_round: builtins.bool
@@ -429,6 +439,10 @@ class RegisterResponse(google.protobuf.message.Message):
     """What became of the last settled push."""
     agreements: builtins.int
     """How many agreements the members have come to."""
+    round_timeout: builtins.float
+    """Seconds a round waits for a member that is connected."""
+    lease: builtins.float
+    """Seconds a round waits for a member whose connection broke."""
     @property
     def membership(self) -> global___Membership:
         """Who belongs to the run, as this shard knows it."""
@@ -445,9 +459,11 @@ class RegisterResponse(google.protobuf.message.Message):
         last_verdict: global___Verdict.ValueType = ...,
         membership: global___Membership | None = ...,
         agreements: builtins.int = ...,
+        round_timeout: builtins.float = ...,
+        lease: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["membership", b"membership"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "membership", b"membership", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "lease", b"lease", "membership", b"membership", "round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
 
@@ -1003,7 +1019,7 @@ class Update(google.protobuf.message.Message):
     version: builtins.int
     """The version this update creates."""
     members: builtins.int
-    """Number of members, the divisor of the mean."""
+    """Number of members, the divisor of the mean; more where a stale push weighs less."""
     skipped: builtins.bool
     """True when every member skipped: the version moves, the model does not."""
     presence: builtins.bytes

@@ -301,6 +301,7 @@ class Seat(google.protobuf.message.Message):
     PUSHED_ELEMENTS_FIELD_NUMBER: builtins.int
     PUSHABLE_ELEMENTS_FIELD_NUMBER: builtins.int
     DENSITY_FIELD_NUMBER: builtins.int
+    HEAD_START_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Its rank."""
     incarnation: builtins.int
@@ -329,6 +330,8 @@ class Seat(google.protobuf.message.Message):
     """Elements it could have pushed."""
     density: builtins.float
     """Density of its last push."""
+    head_start: builtins.int
+    """Steps it was given when it was let in, where others had made more by then."""
     @property
     def retired(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Its earlier incarnations, which are fenced."""
@@ -351,8 +354,9 @@ class Seat(google.protobuf.message.Message):
         pushed_elements: builtins.int = ...,
         pushable_elements: builtins.int = ...,
         density: builtins.float = ...,
+        head_start: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["density", b"density", "incarnation", b"incarnation", "last_content", b"last_content", "last_verdict", b"last_verdict", "left", b"left", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "retired", b"retired", "settled_steps", b"settled_steps", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["density", b"density", "head_start", b"head_start", "incarnation", b"incarnation", "last_content", b"last_content", "last_verdict", b"last_verdict", "left", b"left", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "retired", b"retired", "settled_steps", b"settled_steps", "steps", b"steps"]) -> None: ...
 
 global___Seat = Seat
 

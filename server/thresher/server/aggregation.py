@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from thresher.protos.consistency import Consistency
 from thresher.protos.mean import mean_of
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sealed import SealedUpdate
 from thresher.protos.update import Membership, Update
 from thresher.server.events import IterationRow, Push
 from thresher.server.facts import Closed, Contribution
+from thresher.server.pacing import per_push
 
 
 def update_of(
@@ -17,32 +19,41 @@ def update_of(
     threshold: float | None,
     membership: Membership | None,
     *,
-    in_lockstep: bool,
+    consistency: Consistency,
+    spec: OptimizerSpec,
 ) -> Update:
     """Return the update that a round produces.
 
+    The mean is divided by the number of members. Where that is asked for, a push that is a round of its own and staler
+    than that is divided by its staleness τ, the number of versions since the one it was computed on: it weighs
+    1/max(N, τ). This is the rate of Zhang et al., "Staleness-aware Async-SGD for distributed deep learning",
+    arXiv:1511.05950, which is α/τ for one gradient, put where it holds for a gradient's whole effect: with momentum a
+    rate of one step would scale what earlier gradients still move, and not what this one moves later.
+
     Args:
         pushes: The round's, in rank order; at least one. Skipped ones arrive with weight 0.
-        members: How many there are. The divisor of the mean, unless more push: those come who are being let in.
+        members: How many there are.
         version: The version the update creates.
         threshold: In force so far; it stays where no push proposes another.
         membership: Who belongs to the run from now on, where that changes.
-        in_lockstep: All members push, so that nobody needs to be told who did.
+        consistency: When rounds close, and how a push that is a round of its own counts.
+        spec: The optimizer as it was registered.
     """
     heard = [(push, push.gradient) for push in pushes if push.gradient is not None]
     presence = tuple(any(flags) for flags in zip(*(push.presence for push, _ in heard), strict=True))
     proposals = [push.next_threshold for push in pushes if push.next_threshold is not None]
     # Who is late may still be at earlier hyper-parameters; in lockstep all have the same.
     newest = max(pushes, key=lambda push: (not push.lost, push.version))
-    divisor = max(members, len(pushes))
+    counted = max(members, len(pushes))  # more push than there are members while somebody is being let in
+    divisor = max(counted, version - 1 - newest.version) if consistency.staleness_aware else counted
     return Update(
         version=version,
         members=divisor,
         contributors=tuple(push.worker.rank for push, _ in heard),
-        arrivals=() if in_lockstep else tuple((push.worker.rank, push.step) for push in pushes),
+        arrivals=() if consistency.lockstep else tuple((push.worker.rank, push.step) for push in pushes),
         mean=mean_of([gradient for _, gradient in heard], divisor) if heard else None,
         presence=presence if heard else (True,) * len(pushes[0].presence),
-        overrides=newest.overrides,
+        overrides=per_push(newest.overrides, spec, counted) if consistency.momentum_per_push else newest.overrides,
         next_threshold=proposals[0] if proposals else threshold,
         only_mean=newest.only_mean,
         pushed_elements=sum(gradient.count for _, gradient in heard),
@@ -97,7 +108,7 @@ def row_of(closed: Closed, shard: int, numel: int, spec: OptimizerSpec) -> Itera
         push_bytes=update.push_bytes,
         pull_bytes=sum(wire_bytes for _, wire_bytes in closed.deliveries),
         pushed_elements=update.pushed_elements,
-        push_density=update.pushed_elements / (update.members * numel),
+        push_density=update.pushed_elements / (len(closed.contributions) * numel),
         update_elements=update.mean.count if update.mean is not None else 0,
         update_density=update.mean.density if update.mean is not None else 0.0,
         residual_squared=closed.residual_squared,

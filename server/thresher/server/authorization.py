@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import grpc
 
@@ -178,7 +178,7 @@ def _refusing(refusal: _Refusal) -> Handler:
     """Return a handler that reads nothing. That of streams answers single messages too: it only ends the call."""
 
     async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
-        await _abort(context, refusal)
+        _refuse(context, refusal)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -186,20 +186,20 @@ def _refusing(refusal: _Refusal) -> Handler:
 def _guarded(handler: Handler, method: str) -> Handler:
     """Return a handler that looks at the caller's certificate first, which only a running call can show."""
 
-    async def check(context: Context) -> None:
+    def may(context: Context) -> bool:
         refusal = _judged(*_role_by_certificate(context), method)
         if refusal is not None:
-            await _abort(context, refusal)
+            _refuse(context, refusal)
+        return refusal is None
 
     async def answer(request: object, context: Context) -> object:
-        await check(context)
-        return await behaviour(request, context)
+        return await behaviour(request, context) if may(context) else None  # gRPC sends no answer beside an error
 
     async def answers(request: object, context: Context) -> AsyncIterator[object]:
-        await check(context)
-        async with aclosing(behaviour(request, context)) as responses:
-            async for response in responses:
-                yield response
+        if may(context):
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
 
     kinds: dict[tuple[bool, bool], tuple[Any, Any, Any]] = {
         (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler, answer),
@@ -212,8 +212,9 @@ def _guarded(handler: Handler, method: str) -> Handler:
     return with_guard
 
 
-async def _abort(context: Context, refusal: _Refusal) -> NoReturn:
+def _refuse(context: Context, refusal: _Refusal) -> None:
+    """Let a call end with a refusal. No exception, because gRPC keeps that of `abort`, and so all that it saw."""
     # Under this name the caller raises it as what it is: something to configure, and nothing to try again.
     context.set_trailing_metadata(((ERROR_NAME, ConfigurationError.__name__),))
-    await context.abort(refusal.code, refusal.reason)
-    raise ConfigurationError(refusal.reason)  # abort never returns; this says so to the type checkers
+    context.set_code(refusal.code)
+    context.set_details(refusal.reason)

@@ -104,11 +104,16 @@ class Engine:
             ThresherError: as the shard raised it; the event changed nothing.
         """
         async with self._room:
-            answer: Answer = self._loop.create_future()
-            self._mailbox.put((event, answer))
-            if self._ended:  # looked at after the put: an event that came too late to be turned away by the thread
-                raise ProtocolError(_ENDED)
-            return await answer
+            return await self._post(
+                event
+            )  # no name for it here: an error that it raises would hold it, and it the error
+
+    def _post(self, event: Event) -> Answer:
+        answer: Answer = self._loop.create_future()
+        self._mailbox.put((event, answer))
+        if self._ended:  # looked at after the put: an event that came too late to be turned away by the thread
+            raise ProtocolError(_ENDED)
+        return answer
 
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters as of its last event; from any thread."""
@@ -266,7 +271,7 @@ class Engine:
             if answer.done():  # the sender went away
                 return
             if isinstance(result, Exception):
-                answer.set_exception(result)
+                answer.set_exception(result.with_traceback(None))  # or the frames of this thread would live with it
             else:
                 answer.set_result(result)
 

@@ -198,7 +198,7 @@ class Verdict(StrEnum):
 class IterationRow:
     """The truth about one round on one shard: a line of the per-iteration file. Sums are over the contributors.
 
-    ``push_density`` is pushed elements over members times slice; ``residual_squared`` the mean over contributors of
+    ``push_density`` is pushed elements over pushes times slice; ``residual_squared`` the mean over contributors of
     the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with; ``staleness``
     the largest of any push, in versions. In an
     ``only_mean`` round nothing was compressed and the model stayed as it is: it is no part of densities.

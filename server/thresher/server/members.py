@@ -11,7 +11,11 @@ from thresher.protos.update import Membership
 from thresher.server.events import Register, Verdict, Worker
 from thresher.server.statistics import MemberStatistics
 
+MOST_RANKS: Final = 65_536
+"""Ranks are below this: a shard keeps a record of each that ever came, and workers may come that nobody announced."""
+
 _REMEMBERED_LIVES: Final = 16
+_MOST_EPOCHS_AHEAD: Final = 65_536  # a shard that was away hears of so many changes at once at most
 
 
 class MemberState(StrEnum):
@@ -41,6 +45,7 @@ class Member:
         content: Digest of that push.
         verdict: What became of it.
         steps: Pushes applied.
+        head_start: Steps it was given when it was let in: of ssp, where others had made more by then.
     """
 
     rank: int
@@ -56,11 +61,17 @@ class Member:
     content: int = 0
     verdict: Verdict = Verdict.APPLIED
     steps: int = 0
+    head_start: int = 0
     push_bytes: int = 0
     pull_bytes: int = 0
     pushed_elements: int = 0
     pushable_elements: int = 0
     density: float = 0.0
+
+    @property
+    def pace(self) -> int:
+        """How far it is, among the members: in ssp nobody may be much further than the slowest."""
+        return self.settled + self.head_start
 
     def absent(self, now: float, lease: float) -> bool:
         """True when it has been gone for longer than its lease: rounds no longer wait for it."""
@@ -158,8 +169,22 @@ class Members:
         return self.membership if ranks == self.membership.ranks else Membership(self.membership.epoch + 1, ranks)
 
     def adopt(self, membership: Membership) -> None:
-        """Take what the first shard says; it may not have heard of a leave that came here already."""
+        """Take what the first shard says; it may not have heard of a leave that came here already.
+
+        Who is let in begins at the pace of the slowest: its own steps would hold everybody up.
+
+        Raises:
+            ProtocolError: when it cannot be what the first shard says; nothing changes.
+        """
+        if membership.epoch > self.membership.epoch + _MOST_EPOCHS_AHEAD:
+            raise ProtocolError(f"membership {membership.epoch} is told; here it is {self.membership.epoch}")
+        if max(membership.ranks, default=0) >= MOST_RANKS:
+            raise ProtocolError(f"rank {membership.ranks[-1]} in a membership; ranks are below {MOST_RANKS}")
         here = tuple(rank for rank in membership.ranks if self.seat(rank).state is not MemberState.LEFT)
+        slowest = min((self.seat(rank).pace for rank in here if rank in self.membership.ranks), default=0)
+        for rank in set(here) - set(self.membership.ranks):
+            seat = self.seat(rank)
+            seat.head_start += max(0, slowest - seat.pace)
         self.membership = Membership(membership.epoch, here)
 
     def dismiss(self, rank: int) -> None:
@@ -185,10 +210,12 @@ class Members:
         """Refuse a registration that cannot be let in; nothing changes.
 
         Raises:
-            RegistrationError: when the worker was told another number of workers.
+            RegistrationError: when the worker was told another number of workers, or its rank is none.
             FencedError: when another life of its rank has taken its place.
         """
         rank = request.worker.rank
+        if rank >= MOST_RANKS:
+            raise RegistrationError(f"worker {rank} cannot join: ranks are below {MOST_RANKS}; give it another")
         if rank < self._workers != request.workers:
             raise RegistrationError(
                 f"worker {rank} of {request.workers} asks to join a run that began with {self._workers} workers; "

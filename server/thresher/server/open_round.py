@@ -44,11 +44,13 @@ class OpenRound:
 
     def let_in(self, consistency: Consistency, awaited: Collection[Member], now: float) -> None:
         """Move held pushes into the round: in sync all, in async one, in ssp one that is not too far ahead."""
-        slowest = min((member.settled for member in awaited), default=0)
+        slowest = min((member.pace for member in awaited), default=0)
+        head_starts = {member.rank: member.head_start for member in awaited}
         for rank, (push, _) in list(self._held.items()):
             if self._pushes and consistency.mode != "sync":
                 return
-            if consistency.mode == "ssp" and push.step - slowest > consistency.staleness:
+            ahead = push.step + head_starts.get(rank, 0) - slowest
+            if consistency.mode == "ssp" and ahead > consistency.staleness:
                 continue
             if not self._pushes:
                 self.opened_at = now

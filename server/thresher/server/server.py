@@ -154,6 +154,16 @@ class ShardServer:
         await asyncio.to_thread(self._engine.stop)
         await self._close_outlets()
 
+    async def kill(self) -> None:
+        """End as ``kill -9`` would end the process: connections break, nobody is told, and no checkpoint is written.
+
+        What is left of the shard's thread can neither write nor speak, and ends by itself: in the default executor of
+        the loop, because a plan of faults waits for this on that very thread.
+        """
+        await self._server.stop(None)
+        await self._close_outlets()
+        asyncio.get_running_loop().run_in_executor(None, self._engine.stop)
+
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters; from any thread."""
         return self._engine.statistics()

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from itertools import accumulate
-from typing import Any, Final, NoReturn, TypeVar, final
+from typing import Any, Final, TypeVar, cast, final
 from urllib.parse import quote
 
 import grpc
@@ -38,7 +39,7 @@ from thresher.server.effects import Effect
 from thresher.server.engine import Engine
 from thresher.server.events import Worker
 from thresher.server.facts import Agreed
-from thresher.server.stream import Stream
+from thresher.server.stream import Stream, UnreadError
 from thresher.server.translation import (
     agreed_to_message,
     hello_from_message,
@@ -68,6 +69,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
     FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     BehindError: grpc.StatusCode.OUT_OF_RANGE,
+    UnreadError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     LostHistoryError: grpc.StatusCode.DATA_LOSS,
     DataLossError: grpc.StatusCode.DATA_LOSS,
     RoundFailedError: grpc.StatusCode.ABORTED,
@@ -91,7 +93,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._config = config
         self._streams: set[Stream] = set()
         self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
-        self._greeting: dict[Stream, int] = {}  # whose hello is not answered yet, and may be refused
+        self._greeting: tuple[int, Stream] | None = None  # whose hello the shard has not answered yet, and may refuse
         self._turn = asyncio.Lock()  # or a stream that ends would take that of a worker that just came back for lost
         self._slice: Slice | None = None
         self._payload_bound = self._state_bound = 0
@@ -108,8 +110,10 @@ class AggregationServicer(AggregationServiceServicer):
 
     def publish(self, sealed: SealedUpdate, ranks: tuple[int, ...]) -> None:
         """Send an update to these workers, as far as they are connected."""
-        speaking = [self._speaking[rank] for rank in ranks if rank in self._speaking]
-        for stream in (*speaking, *(stream for stream, rank in self._greeting.items() if rank in ranks)):
+        streams = [self._speaking[rank] for rank in ranks if rank in self._speaking]
+        if self._greeting is not None and self._greeting[0] in ranks:
+            streams.append(self._greeting[1])
+        for stream in streams:
             stream.publish(sealed)
 
     def tell(self, agreed: Agreed, ranks: tuple[int, ...]) -> None:
@@ -135,32 +139,33 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announce a worker."""
-        return await _answered(self._register(request), context)
+        return await _answered(self._register(request), context) or pb.RegisterResponse()
 
     async def Seed(self, request_iterator: AsyncIterator[pb.SeedRequest], context: Context) -> pb.SeedResponse:
         """Take the starting values, or a replica for those that were lost."""
-        return await _answered(self._seed(request_iterator), context)
+        return await _answered(self._seed(request_iterator), context) or pb.SeedResponse()
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotResponse]:
         """Read the shard's state."""
-        snapshot, data = await _answered(self._read_state(request.wait_seconds), context)
-        for message in snapshot_to_messages(snapshot, data):
+        state = await _answered(self._read_state(request.wait_seconds), context)
+        for message in () if state is None else snapshot_to_messages(*state):
             yield message
 
     async def Exchange(
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> AsyncIterator[pb.ExchangeResponse]:
         """Hold the conversation with one worker: a task reads, this generator writes."""
-        stream = Stream()
+        stream = Stream(self._config.log_cap_bytes)
         self._streams.add(stream)
-        reader = asyncio.create_task(self._read(request_iterator, stream))
+        stream.listen(asyncio.create_task(self._read(request_iterator, stream)))
         try:
-            async for message in stream:
-                yield message
-        except ThresherError as error:
-            await _abort(context, error)
+            async with aclosing(aiter(stream)) as messages:
+                async for message in messages:
+                    yield message
+            if stream.refusal is not None:
+                _refuse(context, stream.refusal)
         finally:
-            reader.cancel()
+            stream.end()
             self._streams.discard(stream)
 
     async def Statistics(self, request: pb.StatisticsRequest, context: Context) -> pb.StatisticsResponse:
@@ -184,15 +189,16 @@ class AggregationServicer(AggregationServiceServicer):
         self._state_bound = state_bytes_bound(layout, self._slice.numel)
 
     async def _seed(self, requests: AsyncIterator[pb.SeedRequest]) -> pb.SeedResponse:
-        first = await anext(aiter(requests), None)
-        if first is None:
-            raise ProtocolError("an empty seed")
-        if self._slice is None:
-            raise ProtocolError("a seed before any registration; register first")
-        payload = Payload(first.total_bytes, self._state_bound)
-        complete = payload.add(first.chunk)
-        async for request in requests:
-            complete = payload.add(request.chunk)
+        async with _closing(requests) as parts:
+            first = await anext(parts, None)
+            if first is None:
+                raise ProtocolError("an empty seed")
+            if self._slice is None:
+                raise ProtocolError("a seed before any registration; register first")
+            payload = Payload(first.total_bytes, self._state_bound)
+            complete = payload.add(first.chunk)
+            async for request in parts:
+                complete = payload.add(request.chunk)
         if not complete:
             raise FrameError(f"a seed of {first.total_bytes} bytes was announced, {len(payload.data)} came")
         worker, data = Worker(first.rank, first.incarnation), bytes(payload.data)
@@ -211,34 +217,33 @@ class AggregationServicer(AggregationServiceServicer):
         except TimeoutError:
             raise RoundFailedError(
                 f"shard {self._config.shard} has waited {wait_seconds:.1f} s for its starting values; "
-                "worker 0, which brings them, has not come"
+                "worker 0, which brings them, has not come; start it, or look at its log"
             ) from None
         snapshot = _only(await self._engine.submit(events.ReadState()), effects.Snapshot)
         return snapshot, await asyncio.to_thread(pack_state, snapshot.tensors, {})
 
-    async def _read(self, requests: AsyncIterator[pb.ExchangeRequest], stream: Stream) -> None:
-        """Turn what one worker says into events, until it leaves, breaks off or is refused."""
+    async def _read(self, requests: AsyncIterator[pb.ExchangeRequest], stream: Stream) -> ThresherError | None:
+        """Turn what one worker says into events, until it leaves, breaks off or is refused; return why it is."""
         try:
-            async for body, payload, wire_bytes in self._bodies(requests):
-                if stream.worker is None:
-                    await self._greet(body, stream)
-                    continue
-                done = await self._event(stream.worker, body, payload, wire_bytes)
-                if self._answer(done, stream):
-                    return
-            raise ProtocolError("the stream ended without a leave")  # noqa: TRY301 - told as every other refusal
+            async with aclosing(self._bodies(requests)) as bodies:
+                async for body, payload, wire_bytes in bodies:
+                    if stream.worker is None:
+                        await self._greet(body, stream)
+                        continue
+                    done = await self._event(stream.worker, body, payload, wire_bytes)
+                    if self._answer(done, stream):
+                        return None
         except ThresherError as error:
-            stream.end(error)
-        except grpc.aio.AbortError:
-            pass  # the call was ended from this side while its next message was waited for
+            return error
         except DecodeError as error:
-            stream.end(FrameError(f"a message that is none: {error}"))
+            return FrameError(f"a message that is none: {error}")
         except Exception as error:
             _logger.exception("what %s said could not be handled", stream.worker)
-            stream.end(ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log"))
+            return ThresherError(f"shard {self._config.shard} failed by {type(error).__name__}; see its log")
+        else:
+            return ProtocolError("the stream ended without a leave")
         finally:
-            # Also when this task is cancelled because the call has ended.
-            self._streams.discard(stream)
+            # Also when this task is cancelled because the stream has ended.
             if stream.worker is not None:
                 await asyncio.shield(asyncio.ensure_future(self._gone(stream, stream.worker)))
 
@@ -257,37 +262,38 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def _bodies(
         self, requests: AsyncIterator[pb.ExchangeRequest]
-    ) -> AsyncIterator[tuple[pb.ExchangeRequest, bytearray, int]]:
+    ) -> AsyncGenerator[tuple[pb.ExchangeRequest, bytearray, int], None]:
         """Put messages and their continuations together: body, payload, bytes on the wire."""
         body: pb.ExchangeRequest | None = None
         payload, wire_bytes = Payload(0, 0), 0
-        async for request in requests:
-            if request.WhichOneof("body") is not None:
-                if body is not None:
-                    raise ProtocolError("a new message began before the payload of the last one was complete")
-                body, wire_bytes = request, 0
-                bound = self._state_bound if request.HasField("leave") else self._payload_bound
-                payload = Payload(request.payload_bytes, bound)
-            if body is None:
-                raise ProtocolError("a part of a payload came before its message")
-            wire_bytes += request.ByteSize()
-            if payload.add(request.chunk):
-                yield body, payload.data, wire_bytes
-                body = None
+        async with _closing(requests) as parts:
+            async for request in parts:
+                if request.WhichOneof("body") is not None:
+                    if body is not None:
+                        raise ProtocolError("a new message began before the payload of the last one was complete")
+                    body, wire_bytes = request, 0
+                    bound = self._state_bound if request.HasField("leave") else self._payload_bound
+                    payload = Payload(request.payload_bytes, bound)
+                if body is None:
+                    raise ProtocolError("a part of a payload came before its message")
+                wire_bytes += request.ByteSize()
+                if payload.add(request.chunk):
+                    yield body, payload.data, wire_bytes
+                    body = None
 
     async def _greet(self, request: pb.ExchangeRequest, stream: Stream) -> None:
         if not request.HasField("hello"):
             raise ProtocolError("the first message of a stream must be a hello")
         hello = hello_from_message(request.hello)
         rank = hello.worker.rank
-        self._greeting[stream] = rank
-        try:
-            async with self._turn:
+        async with self._turn:
+            self._greeting = rank, stream
+            try:
                 done = await self._hello(hello)
                 earlier = self._speaking.get(rank)
                 self._speaking[rank] = stream
-        finally:
-            del self._greeting[stream]
+            finally:
+                self._greeting = None
         stream.greet(_only(done, effects.Backlog).updates)
         stream.worker = hello.worker
         if earlier is not None:
@@ -298,7 +304,8 @@ class AggregationServicer(AggregationServiceServicer):
         try:
             return await self._engine.submit(hello)
         except asyncio.CancelledError:
-            if hello.worker.rank not in self._speaking:
+            speaking = self._speaking.get(hello.worker.rank)
+            if speaking is None or speaking.worker != hello.worker:  # that of an earlier life says nothing of this one
                 await asyncio.shield(asyncio.ensure_future(self._disconnected(hello.worker)))
             raise
 
@@ -336,7 +343,6 @@ class AggregationServicer(AggregationServiceServicer):
                     if stream.worker is not None and self._speaking.get(stream.worker.rank) is stream:
                         del self._speaking[stream.worker.rank]
                     stream.say(pb.ExchangeResponse(left=pb.Left(version=version)))
-                    stream.end()
                     return True
                 case _:
                     pass
@@ -353,17 +359,26 @@ def _only(done: list[Effect], kind: type[T]) -> T:
     return next(effect for effect in done if isinstance(effect, kind))
 
 
-async def _answered(answer: Awaitable[T], context: Context) -> T:
+async def _answered(answer: Awaitable[T], context: Context) -> T | None:
+    """Return an answer; None when there is none, and the caller is told why."""
     try:
         return await answer
     except ThresherError as error:
-        await _abort(context, error)
+        _refuse(context, error)
+        return None
 
 
-async def _abort(context: Context, error: ThresherError) -> NoReturn:
-    context.set_trailing_metadata(((ERROR_NAME, type(error).__name__),))
-    await context.abort(_CODES.get(type(error), grpc.StatusCode.INTERNAL), _cut(str(error)))
-    raise error  # abort never returns; this says so to the type checkers
+def _refuse(context: Context, error: ThresherError) -> None:
+    """Let a call end with an error: with no exception, because gRPC keeps that of `abort`, and so all that it saw."""
+    known = next(cls for cls in type(error).__mro__ if ThresherError in (cls, *cls.__bases__))  # by `error_named`
+    context.set_trailing_metadata(((ERROR_NAME, known.__name__),))
+    context.set_code(_CODES.get(type(error), grpc.StatusCode.INTERNAL))
+    context.set_details(_cut(str(error)))
+
+
+def _closing(requests: AsyncIterator[T]) -> "aclosing[AsyncGenerator[T, None]]":
+    """Return what a caller says, to be closed when no more of it is heard: gRPC would leave that to the collector."""
+    return aclosing(cast("AsyncGenerator[T, None]", aiter(requests)))
 
 
 def _cut(text: str) -> str:

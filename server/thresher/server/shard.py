@@ -17,7 +17,7 @@ from thresher.protos.sealed import sealed
 from thresher.protos.update import Membership
 from thresher.server import effects, events
 from thresher.server.aggregation import closed_round, row_of, update_of
-from thresher.server.agreeing import OpenAgreement
+from thresher.server.agreeing import OpenAgreement, earlier_agreement
 from thresher.server.config import ShardConfig
 from thresher.server.effects import Effect
 from thresher.server.events import Event, IterationRow, Push, Verdict
@@ -58,7 +58,7 @@ class Shard:
         self._state = RunState(config.run, config.workers) if state is None else state
         self._round = OpenRound()
         self._agreement = OpenAgreement()
-        self._watch = Watch(config)
+        self._watch = Watch(config, self._state)
         self._feed = Feed(self._state, config.log_cap_bytes)
         self._recovered = [member for member in self._state.members if member.incarnation]
         for member in self._recovered:
@@ -115,6 +115,10 @@ class Shard:
                 return self._abort(event)
             case events.Disconnect():
                 return self._disconnect(event, now)
+
+    def __str__(self) -> str:
+        """For people: ``shard 1``."""
+        return f"shard {self._config.shard}"
 
     def statistics(self) -> ShardStatistics:
         """Return a frozen picture of the shard."""
@@ -253,7 +257,7 @@ class Shard:
 
     def _adopted(self, membership: Membership | None) -> list[Effect]:
         """The first shard decides who belongs to the run; here it comes with the pushes."""
-        if membership is None or membership.epoch <= self._state.members.membership.epoch:
+        if self._config.shard == 0 or membership is None or membership.epoch <= self._state.members.membership.epoch:
             return []
         return [self._fold(membership)]
 
@@ -280,16 +284,18 @@ class Shard:
             state.version + 1,
             state.threshold,
             self._announced(now),
-            in_lockstep=state.consistency.lockstep,
+            consistency=state.consistency,
+            spec=state.spec,
         )
         if update.mean is not None and not bool(update.mean.values.isfinite().all()):
-            return self._fail(f"the mean of round {state.version} overflows float32; lower the learning rate or scale")
+            what = f"the mean of round {state.version} overflows float32 on {self}"
+            return self._fail(f"{what}, of workers {list(update.contributors)}; lower the learning rate or scale")
         told = sealed(update, state.digest)
         closed = closed_round(told, pushes, state.threshold, state.version, now - self._round.opened_at)
         try:
             state.fold(closed)
         except OptimizerError as error:
-            return self._fail(str(error))
+            return self._fail(f"round {state.version} of {self} cannot be applied: {error}")
         publications = self._feed.publish(told)
         closed = replace(
             closed, deliveries=tuple((rank, one.sealed.wire_bytes) for one in publications for rank in one.ranks)
@@ -317,20 +323,15 @@ class Shard:
         self._refuse_after_failure()
         state = self._state
         member = state.members.known(asked.worker)
-        number = state.agreed
-        if asked.number < number:
-            agreed = state.agreements.get(asked.number)
-            if agreed is None:
-                raise ProtocolError(f"{member} asks for agreement {asked.number}, which is forgotten; {number} is next")
-            return [effects.Tell(agreed, (member.rank,))]
-        if asked.number > number:
-            raise ProtocolError(f"{member} asks for agreement {asked.number}; {number} is next: all must ask alike")
+        earlier = earlier_agreement(asked, state.agreements, state.agreed, str(member))
+        if earlier is not None:
+            return [effects.Tell(earlier, (member.rank,))]
         self._agreement.hear(asked)
         return [*self._progress(now), *self._agree_if_complete(now)]
 
     def _agree_if_complete(self, now: float) -> list[Effect]:
         awaited = tuple(member.rank for member in self._state.members.awaited(now, self._config.lease))
-        found = self._agreement.conclude(awaited, self._state.agreed)
+        found = self._agreement.conclude(awaited, self._state.agreed, now)
         return [] if found is None else [self._fold(found), effects.Tell(found, awaited)]
 
     def _leave(self, leave: events.Leave, now: float) -> list[Effect]:
@@ -358,7 +359,8 @@ class Shard:
         if self._failure or member.state is MemberState.LEFT:
             return []
         member.state = MemberState.ABORTED
-        return self._fail(f"{member} stopped after {member.steps} steps: {abort.reason}")
+        where = f"{self} is at version {self._state.version}"
+        return self._fail(f"{member} stopped after {member.steps} steps: {abort.reason} ({where}; see its log)")
 
     def _disconnect(self, event: events.Disconnect, now: float) -> list[Effect]:
         member = self._state.members.known(event.worker)
@@ -377,10 +379,9 @@ class Shard:
         happened = self._go_on(now)
         if any(isinstance(effect, effects.Failed) for effect in happened):
             return happened
-        seen = self._watch.look(self._state, self._round, now)
-        if isinstance(seen, effects.Failed):
-            return [*happened, *self._fail(seen.reason)]
-        return happened if seen is None else [*happened, seen]
+        for seen in self._watch.look(self._round, self._agreement, now):
+            happened += self._fail(seen.reason) if isinstance(seen, effects.Failed) else [seen]
+        return happened
 
     def _fail(self, reason: str) -> list[Effect]:
         self._failure = reason

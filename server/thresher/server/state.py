@@ -60,7 +60,7 @@ class RunState:
         overrides: Hyper-parameters in force since the last update.
         threshold: For the round that is open.
         digest: Of the history so far.
-        newest: The round that was closed last.
+        newest: The round that was closed last; None before the first, and while a refill is all that is known.
         agreements: The newest agreements, by number.
         verdicts: How often each was given.
     """
@@ -309,7 +309,7 @@ def _seat_to_message(member: Member) -> disk.Seat:
         metrics_address=member.metrics_address, left=member.state is MemberState.LEFT, settled_steps=member.settled,
         last_content=member.content, last_verdict=VERDICTS[member.verdict], steps=member.steps,
         push_bytes=member.push_bytes, pull_bytes=member.pull_bytes, pushed_elements=member.pushed_elements,
-        pushable_elements=member.pushable_elements, density=member.density,
+        pushable_elements=member.pushable_elements, density=member.density, head_start=member.head_start,
     )  # fmt: skip
 
 
@@ -323,4 +323,4 @@ def _seat_from_message(seat: disk.Seat, member: Member) -> None:
     member.settled, member.content, member.verdict = seat.settled_steps, seat.last_content, by_number[seat.last_verdict]
     member.steps, member.push_bytes, member.pull_bytes = seat.steps, seat.push_bytes, seat.pull_bytes
     member.pushed_elements, member.pushable_elements = seat.pushed_elements, seat.pushable_elements
-    member.density = seat.density
+    member.density, member.head_start = seat.density, seat.head_start

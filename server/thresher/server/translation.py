@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from thresher.protos.codec import HEADER_BYTES
-from thresher.protos.errors import LayoutError, ProtocolError
+from thresher.protos.errors import LayoutError, ProtocolError, RegistrationError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
     chunks,
@@ -28,6 +28,7 @@ from thresher.server.statistics import ShardStatistics
 from thresher.v1 import aggregation_pb2 as pb
 
 _DIGEST_BYTES: Final = 8
+_MOST_CHARACTERS: Final = 1000  # of what is kept of each worker, or told to it, for people
 
 
 def register_from_message(request: pb.RegisterRequest) -> events.Register:
@@ -35,7 +36,12 @@ def register_from_message(request: pb.RegisterRequest) -> events.Register:
 
     Raises:
         LayoutError: when the two sides understand the model differently.
+        RegistrationError: when the worker is called by more words than anybody reads.
     """
+    if max(len(request.origin), len(request.metrics_address)) > _MOST_CHARACTERS:
+        raise RegistrationError(
+            f"origin and metrics address of worker {request.rank} have over {_MOST_CHARACTERS} characters"
+        )
     layout = layout_from_message(request.layout)
     if layout.fingerprint != request.fingerprint:
         raise LayoutError(
@@ -64,7 +70,9 @@ def registered_to_message(answer: effects.Registered, config: ShardConfig) -> pb
         run=answer.history.run,
         version=answer.history.version,
         seeded=answer.seeded,
-        answer_timeout=max(config.start_timeout, config.round_timeout),
+        answer_timeout=config.answer_timeout,
+        round_timeout=config.round_timeout,
+        lease=config.lease,
         settled_steps=answer.settled,
         in_open_round=answer.in_open_round,
         last_verdict=VERDICTS[answer.verdict],
@@ -137,7 +145,8 @@ def leave_from_message(worker: Worker, leave: pb.Leave, payload: bytearray) -> e
 def judged_to_message(judged: effects.Judged) -> pb.ExchangeResponse:
     """Write what became of a push."""
     verdict = VERDICTS[judged.verdict]
-    return pb.ExchangeResponse(result=pb.PushResult(step=judged.step, verdict=verdict, reason=judged.reason))
+    reason = judged.reason[:_MOST_CHARACTERS]  # it may quote what the worker said, and waits until it is read
+    return pb.ExchangeResponse(result=pb.PushResult(step=judged.step, verdict=verdict, reason=reason))
 
 
 def agreed_to_message(agreed: Agreed) -> pb.ExchangeResponse:

@@ -18,6 +18,7 @@ from thresher.protos.errors import (
     error_named,
 )
 from thresher.protos.messages import chunks
+from thresher.protos.timeouts import CALL_SECONDS, MARGIN_SECONDS, NOTICE_SECONDS
 from thresher.protos.transport import ERROR_NAME, channel
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
@@ -27,10 +28,6 @@ _logger = logging.getLogger(__name__)
 
 # A worker may come long before its shards; gRPC's own pauses between two attempts grow to minutes.
 _RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
-CALL_SECONDS: Final = 60.0
-NOTICE_SECONDS: Final = 5.0
-MARGIN_SECONDS: Final = 30.0
-"""A shard fails a round at its own deadline and says who is missing; a worker lets it speak first."""
 
 _TRANSIENT: Final = (
     grpc.StatusCode.UNAVAILABLE,
@@ -88,7 +85,11 @@ class ShardCalls:
                 _logger.warning("%s has waited %.0f s for %s", self._who, waited, self)
             else:
                 return
-        raise ConnectionTimeoutError(f"{self._who} could not reach {self}; start it there, or correct the address")
+        waited = time.monotonic() - begin
+        raise ConnectionTimeoutError(
+            f"{self._who} could not reach {self}; start it there, correct the address, or wait for longer than "
+            f"{waited:.0f} s with THRESHER_CONNECT_TIMEOUT"
+        )
 
     def register(self, request: pb.RegisterRequest, timeout: float = CALL_SECONDS) -> pb.RegisterResponse:
         """Announce a worker. Raises what the shard raised (`RegistrationError`, `LayoutError`, …)."""
@@ -111,7 +112,7 @@ class ShardCalls:
             for index, (_, chunk) in enumerate(chunks(data))
         )
         with self.translated():
-            return self._stub.Seed(requests, timeout=self._answer_timeout).accepted
+            return self._stub.Seed(requests, timeout=self._answer_timeout + MARGIN_SECONDS).accepted
 
     def snapshot(self, wait_seconds: float) -> Snapshot:
         """Return the shard's state; waits until it is seeded.
@@ -162,7 +163,9 @@ class ShardCalls:
                     f"{self._who} has lost {self}: it ended or cannot be reached ({details}); see its log"
                 )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
-                return ConnectionTimeoutError(f"{self} did not answer {self._who} in time ({details})")
+                return ConnectionTimeoutError(
+                    f"{self} did not answer {self._who} in time ({details}); look at the shard's log and its disk"
+                )
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
                 return AccessDeniedError(f"{self} refused {self._who}: {details}")
             case code:

@@ -25,9 +25,10 @@ from thresher.protos.faults import reached
 from thresher.protos.layout import Slice
 from thresher.protos.messages import Payload, chunks, payload_bound
 from thresher.protos.sealed import update_from_message
+from thresher.protos.timeouts import NOTICE_SECONDS, longest_wait
 from thresher.protos.update import Update
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker.calls import CALL_SECONDS, MARGIN_SECONDS, NOTICE_SECONDS, ShardCalls, ShardLostError, is_transient
+from thresher.worker.calls import ShardCalls, ShardLostError, is_transient
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ShardClient:
     Args:
         calls: To the shard.
         registration: As the shard has accepted it; its rank and incarnation are the worker's.
-        answer_timeout: Seconds after which the shard answers a push at the latest.
+        answer_timeout: Seconds after which the shard answers at the latest, as it says itself.
         patience: Seconds to try to find a shard again that was lost.
     """
 
@@ -78,7 +79,8 @@ class ShardClient:
         self._registration = pb.RegisterRequest()
         self._registration.CopyFrom(registration)
         self._who = f"worker {registration.rank}"
-        self._answer_timeout, self._patience = answer_timeout, patience
+        self._patience, self._longest_wait = patience, longest_wait(answer_timeout, patience)
+        self._said = "a hello"  # for people: what the next answer is to
         self._lock = threading.Lock()  # over the next two, which both the caller and the reader thread touch
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         self._unanswered: list[pb.ExchangeRequest] = []
@@ -99,6 +101,11 @@ class ShardClient:
     def registration(self) -> pb.RegisterRequest:
         """As the shard has accepted it."""
         return self._registration
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds after which this worker gives an answer up: longer than the shard takes to say why there is none."""
+        return self._longest_wait
 
     @property
     def silent(self) -> bool:
@@ -131,6 +138,7 @@ class ShardClient:
 
     def push(self, push: pb.Push, frame: bytes) -> None:
         """Send a push; returns before it has left. It is kept until it is answered."""
+        self._said = f"its push of step {push.step}"
         messages = list(_messages(pb.ExchangeRequest(push=push), frame))
         self.push_bytes += sum(message.ByteSize() for message in messages)
         self._say(messages)
@@ -144,7 +152,7 @@ class ShardClient:
             DataLossError: when they cannot.
             RoundFailedError: when the shard refused the push, gave the round up, or is gone.
         """
-        item = self._next(time.monotonic() + self._answer_timeout + MARGIN_SECONDS)
+        item = self._next()
         if isinstance(item, pb.Left):
             raise ProtocolError(f"{self} answered a push with a leave")
         return item
@@ -160,11 +168,12 @@ class ShardClient:
 
     def wait_agreed(self, number: int) -> Mapping[str, float]:
         """Return the members' mean of what they said in agreement ``number``; waits until all have asked."""
+        self._said = f"what it asked in agreement {number}"
         while True:
             try:
-                answer = self._agreed.get(timeout=self._answer_timeout + MARGIN_SECONDS)
+                answer = self._agreed.get(timeout=self._longest_wait)
             except queue.Empty:
-                raise RoundFailedError(f"{self} has not answered {self._who}, which asked to agree") from None
+                raise self._unheard() from None
             if isinstance(answer, Exception):
                 raise answer
             if answer.number == number:  # an earlier one may have been told twice
@@ -173,11 +182,11 @@ class ShardClient:
 
     def leave(self, leave: pb.Leave, buffers: bytes) -> None:
         """Leave the run, and wait until the shard has recorded it."""
+        self._said = "its leave"
         leave.push_bytes, leave.pull_bytes = self.push_bytes, self.pull_bytes
         leave.counted = leave.counted and not self.reconnects
         self._say(list(_messages(pb.ExchangeRequest(leave=leave), buffers)))
-        deadline = time.monotonic() + CALL_SECONDS
-        while not isinstance(self._next(deadline), pb.Left):
+        while not isinstance(self._next(), pb.Left):
             continue  # an update that was on its way
 
     def abort(self, reason: str) -> None:
@@ -201,17 +210,25 @@ class ShardClient:
             for message in messages:
                 self._outbox.put(message)
 
-    def _next(self, deadline: float) -> Told | pb.Left:
+    def _next(self) -> Told | pb.Left:
         try:
-            item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            item = self._inbox.get(timeout=self._longest_wait)
         except queue.Empty:
-            raise RoundFailedError(
-                f"{self} has not answered {self._who} by the deadline and does not say why; look at its log"
-            ) from None
+            raise self._unheard() from None
         if isinstance(item, Exception):
             self._inbox.put(item)  # what ended the exchange ends every later wait too, until it is opened again
             raise item
         return item
+
+    def _unheard(self) -> RoundFailedError:
+        return RoundFailedError(
+            f"{self} has not answered {self._who} in {self._longest_wait:.0f} s, on {self._said} at {self._place}, and "
+            "does not say why; look at its log, and start it again if it hangs"
+        )
+
+    @property
+    def _place(self) -> str:
+        return f"version {self.history.version}"
 
     # The reader thread
 
@@ -247,7 +264,7 @@ class ShardClient:
                 self._end(error)
                 return
             else:
-                self._end(RoundFailedError(f"{self} has ended the exchange"))
+                self._end(RoundFailedError(f"{self} ended its exchange with {self._who} at {self._place}; see its log"))
                 return
             try:
                 self._reconnect()
@@ -305,7 +322,8 @@ class ShardClient:
                 pass  # its update has come, or will
             case _:
                 verdict = pb.Verdict.Name(result.verdict).removeprefix("VERDICT_")
-                self._end(RoundFailedError(f"{self}: push {result.step} was {verdict}: {result.reason}"))
+                refused = f"{self._who} and {self}: push {result.step} was {verdict}: {result.reason}"
+                self._end(RoundFailedError(f"{refused}. Run the same script and release on all workers"))
 
     def _reconnect(self) -> None:
         """Find the shard again. Raises ConnectionTimeoutError when it does not come back in time."""
@@ -324,7 +342,8 @@ class ShardClient:
                 self._connect()
                 return
         raise ConnectionTimeoutError(
-            f"{self._who} has lost {self}, and not found it again in {self._patience:.0f} s; see its log"
+            f"{self._who} has lost {self}, and not found it again in {self._patience:.0f} s; it was at {self._place}. "
+            "See its log and start it again, or look for longer: THRESHER_RECONNECT_TIMEOUT"
         )
 
     def _settle(self, response: pb.RegisterResponse) -> None:

@@ -11,7 +11,7 @@ from typing import final
 
 import torch
 
-from thresher.protos.errors import DataLossError, LayoutError
+from thresher.protos.errors import ConfigurationError, DataLossError, LayoutError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
     REGISTRATION_BYTES,
@@ -21,6 +21,7 @@ from thresher.protos.messages import (
 )
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.snapshots import pack_state
+from thresher.protos.timeouts import check_timeouts
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.calls import ShardCalls
 from thresher.worker.client import ShardClient
@@ -79,6 +80,7 @@ def join(
 
     Raises:
         ConnectionTimeoutError: when a shard does not come up before ``settings.connect_timeout``.
+        ConfigurationError: when this worker's time-outs and those of a shard cannot work together.
         LayoutError: when the model's tensors are too many to be registered, or as a shard refused.
         RegistrationError, OptimizerError, FencedError: as a shard refused.
         DataLossError: when the shards are in another run than ``run``.
@@ -153,8 +155,22 @@ def _registered(
         request.shard = one.shard
         answer = one.register(request)
         clients.append(ShardClient(one, request, answer.answer_timeout, settings.reconnect_timeout))
+        _check_order(one, answer, settings)
         answers.append(answer)
     return answers
+
+
+def _check_order(one: ShardCalls, answer: pb.RegisterResponse, settings: Settings) -> None:
+    """Hold the time-outs that this worker was told against those of a shard, which it learns here."""
+    try:
+        check_timeouts(
+            lease=answer.lease,
+            round_timeout=answer.round_timeout,
+            grace=settings.consistency.grace,
+            reconnect_timeout=settings.reconnect_timeout,
+        )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"worker {settings.rank} and {one} cannot work together: {error}") from None
 
 
 def _seed(

@@ -54,6 +54,7 @@ class WorkerMetrics(Collector):
         for name, text, values in (
             ("thresher_worker_push_bytes", "Exchange messages sent to a shard.", now.push_bytes),
             ("thresher_worker_pull_bytes", "Exchange messages received from a shard.", now.pull_bytes),
+            ("thresher_worker_resent_bytes", "Exchange messages sent again to a shard.", now.resent_bytes),
         ):
             traffic = CounterMetricFamily(name, text, labels=["worker", "shard"])
             for shard, value in enumerate(values):

@@ -1,8 +1,12 @@
 """What a worker would lose by dying is kept in its memory, step by step; one that was killed goes on from there."""
 
 import logging
+from pathlib import Path
 from typing import Any, final
 
+from torch import Tensor
+
+from thresher.protos.errors import DataLossError
 from thresher.protos.faults import reached
 from thresher.worker.memory import Memory, MemoryFileError
 from thresher.worker.parameters import ModelParameters
@@ -39,7 +43,10 @@ class Remembering:
         """Open the memory."""
         self._model, self._selection, self._placement, self._progress = model, selection, placement, progress
         self._who, self._folder = f"worker {settings.rank}", settings.state_dir
+        self._path = Path()
         self._memory: Memory | None = None
+        self._means: list[Tensor] = []  # made since the last push
+        self._asked = 0  # how many of them the user's loop has been given
         self.kept: dict[str, Any] | None = None
         if self._folder is None:
             return
@@ -48,8 +55,10 @@ class Remembering:
         except OSError as error:
             raise MemoryFileError(f"{self._who} cannot keep its state in {self._folder}: {error.strerror}") from error
         identity = f"{self._who}: {model.layout.fingerprint}, {settings.method.describe()}"
-        path = self._folder / f"worker-{settings.rank}.state"
-        self._memory = Memory(path, identity, between=lambda: reached(self._who, "flip"))
+        self._path = self._folder / f"worker-{settings.rank}.state"
+        self._memory = Memory(
+            self._path, identity, sync=settings.state_sync, between=lambda: reached(self._who, "flip")
+        )
         for notice in self._memory.notices:
             _logger.warning("%s", notice)
         try:
@@ -64,31 +73,56 @@ class Remembering:
         return None if self.kept is None else int(self.kept["run"])
 
     def go_on(self, rounds: Rounds) -> None:
-        """Give everything its state back, and have the round finished in which this worker was ended."""
+        """Give everything its state back, and have the round finished in which this worker was ended.
+
+        Raises:
+            DataLossError: when the shards have taken later pushes: the newest state was damaged, or the file is an old
+                copy. To go on from it would send once more what was sent, or never what was kept back.
+        """
         kept = self.kept
         if kept is None:
             return
+        most = kept["number"] + 1 + kept["means_begun"]
+        ahead = next((shard for shard in rounds.shards if shard.answer.settled_steps > most), None)
+        if ahead is not None:
+            reason = (
+                f"{self._who} finds push {kept['number']} in {self._path}, but {ahead.client} has taken its push "
+                f"{ahead.answer.settled_steps - 1}: the file is older than that, and what was kept back since is lost. "
+                "Bring the newest file back, or remove it to go on without"
+            )
+            rounds.abort(reason)
+            raise DataLossError(reason)
         self._progress.load(kept["progress"])
         self._selection.load_state_dict(kept["selection"])
         self._placement.load_state_dict(kept["placement"])
         rounds.resume(kept["number"], kept["pending"])
         _logger.info("%s goes on with step %d", self._who, self._progress.step)
 
-    def repeated(self) -> bool:
+    def repeated(self, rounds: Rounds) -> bool:
         """Take note that the kept iteration has been made again; False where it was not to be.
 
-        The model gets back the buffers that were kept: its forward pass was made again, on other parameters.
+        The model gets back the buffers that were kept: its forward pass was made again, on other parameters. The means
+        that had been made behind it need not be made again; one that had begun is asked for once more.
         """
-        if self.kept is None:
+        kept = self.kept
+        if kept is None:
             return False
-        self._model.assign_untrained(self.kept["untrained"])
+        self._model.assign_untrained(kept["untrained"])
+        self._means, self._asked = list(kept["means"]), 0
+        if rounds.number <= kept["number"] + 1 + kept["means_begun"]:
+            rounds.number = kept["number"] + 1 + len(self._means)
         self.kept = None
         return True
 
     def keep(self, rounds: Rounds) -> None:
-        """Keep everything, between the compression of a message and its sending."""
+        """Keep everything, between the compression of a message and its sending.
+
+        Raises:
+            MemoryFileError: when the file cannot be written, as on a full disk.
+        """
         if self._memory is None:
             return
+        self._means, self._asked = [], 0
         self._memory.flip(
             {
                 "run": rounds.shards[0].client.history.run,
@@ -98,8 +132,32 @@ class Remembering:
                 "selection": self._selection.state_dict(),
                 "placement": self._placement.state_dict(),
                 "untrained": self._model.untrained(buffers_only=True),
+                "means": [],
+                "means_begun": 0,
             }
         )
+
+    def mean(self, rounds: Rounds, vector: Tensor) -> Tensor:
+        """Return the mean of all workers' ``vector``, [numel] float32; what it was, where it was made before a kill.
+
+        Such a round moves the shards on by one, like a push; so it is kept that it begins, and what it came to.
+
+        Raises:
+            MemoryFileError: when the file cannot be written.
+        """
+        if self._memory is None:
+            return rounds.mean(vector)
+        self._asked += 1
+        if self._asked > len(self._means):
+            self._keep_means(self._memory, begun=self._asked)
+            self._means.append(rounds.mean(vector))
+            self._keep_means(self._memory, begun=self._asked)
+        return self._means[self._asked - 1]
+
+    def _keep_means(self, memory: Memory, begun: int) -> None:
+        state = memory.load()
+        if state is not None:
+            memory.flip({**state, "means": self._means, "means_begun": begun})
 
     def forget(self) -> None:
         """Empty the memory: this worker has left the run."""

@@ -1,5 +1,6 @@
 """Rounds with all shards: what this worker sends is cut along the slices, and what comes back is followed."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from thresher.worker.client import Returned, Settled, Told
 from thresher.worker.following import following
 from thresher.worker.joining import JoinedShard
 
-_ADMISSION_SECONDS: Final = 600.0
 _POLL_SECONDS: Final = 0.1
+
+_logger = logging.getLogger(__name__)
 
 Pending = tuple[bytes, bytes]
 """A push and its frame, as they are kept until they are answered."""
@@ -143,7 +145,7 @@ class Rounds:
         outcome.pulled_bytes = self._pull_bytes - self._pulled
         self.number += 1
         self._pending = []
-        if self._consistency.lockstep and self.rank not in self.membership.ranks:
+        if self._consistency.lockstep and not self._is_next(self.number):
             self.await_admission()
         return outcome
 
@@ -170,11 +172,13 @@ class Rounds:
         Args:
             residual: [numel] float32, what is given up.
             buffers: What the model's buffers have become, for the first shard; empty from all but rank 0.
-            whole: This worker has counted its bytes since it first joined.
+            whole: This worker has counted its bytes since it first joined. In lockstep the shards compare them with
+                theirs; elsewhere updates are on their way whenever it leaves.
         """
+        counted = whole and self._consistency.lockstep
         for index, shard in enumerate(self.shards):
             kept = residual[shard.slice.begin : shard.slice.end]
-            leave = pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=whole)
+            leave = pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=counted)
             shard.client.leave(leave, pack_state({}, buffers) if buffers and index == 0 else b"")
 
     def abort(self, reason: str) -> None:
@@ -235,6 +239,13 @@ class Rounds:
         elif self._consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
 
+    def _is_next(self, step: int) -> bool:
+        """True when this worker is a member, and the first shard waits for this step of it.
+
+        Who was away for longer than its lease may hear at once that it was dropped and that it is let in again.
+        """
+        return self.rank in self.membership.ranks and self.shards[0].follower.version == step
+
     def await_admission(self) -> None:
         """Follow until the first shard counts this worker among the members, and go on from that version.
 
@@ -242,23 +253,27 @@ class Rounds:
             RoundFailedError: when that does not happen in time.
         """
         first, *others = self.shards
-        deadline = time.monotonic() + _ADMISSION_SECONDS
+        begin, patience = time.monotonic(), first.client.longest_wait
+        where = f"at version {first.follower.version} of {first.client}"
+        _logger.warning("worker %d waits to be let in %s", self.rank, where)
         while self.rank not in self.membership.ranks:
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + patience:
                 raise RoundFailedError(
-                    f"worker {self.rank} has waited {_ADMISSION_SECONDS:.0f} s to be let into the run by {first.client}"
+                    f"worker {self.rank} waits to be let in {where}, and no round has ended for {patience:.0f} s; look "
+                    "at what the others do, whom the shard's log names"
                 )
             if first.client.silent:  # one who comes when all have left belongs to the run at once, without an update
                 time.sleep(_POLL_SECONDS)
                 answer = first.client.calls.register(first.client.registration)
                 if answer.version == first.follower.version:
-                    self.membership = membership_from_message(answer.membership)
+                    self._hear_of_members(membership_from_message(answer.membership), answer.version)
             else:
                 self._follow(first)
         for shard in others:
             while shard.follower.version < first.follower.version:
                 self._follow(shard)
         self.number = first.follower.version
+        _logger.warning("worker %d is let in from step %d on", self.rank, self.number)
 
     def _push(self, shard: JoinedShard, push: pb.Push, frame: bytes) -> None:
         if self.membership.epoch > shard.epoch:
@@ -274,7 +289,9 @@ class Rounds:
         while not self._is_done(index, shard, found, only_mean=push.only_mean):
             told = self._follow(shard)
             match told:
-                case Returned():
+                case Returned(_, reason):
+                    level = logging.WARNING if self._consistency.lockstep else logging.INFO
+                    _logger.log(level, "worker %d has step %d back from %s: %s", self.rank, step, shard.client, reason)
                     returned = self._settled[index] = True
                 case Settled():
                     self._settled[index] = True
@@ -319,16 +336,29 @@ class Rounds:
                 shard.follower.apply(told)
                 shard.overrides, shard.threshold = told.overrides, told.next_threshold
             if told.membership is not None and shard is self.shards[0]:
-                self.membership = told.membership
+                self._hear_of_members(told.membership, told.version)
         return told
+
+    def _hear_of_members(self, membership: Membership, version: int) -> None:
+        """Take who belongs to the run from ``version`` of the first shard on, and say what is new about that."""
+        before, after, first = set(self.membership.ranks), set(membership.ranks), self.shards[0]
+        self.membership = membership
+        for rank in sorted(before - after):
+            _logger.warning(
+                "worker %d: worker %d does not belong to the run from version %d of %s on: it has left, or was away "
+                "for longer than its lease of %g s, as the shard's log says; if it comes back, it is let in again",
+                self.rank, rank, version, first.client, first.answer.lease,
+            )  # fmt: skip
+        for rank in sorted(after - before):
+            _logger.info("worker %d: worker %d is let in at version %d of %s", self.rank, rank, version, first.client)
 
     def _catch_up(self, shard: JoinedShard) -> None:
         """Begin again from a snapshot: what this worker lacks is no longer in the shard's log."""
         shard.repeats = False
-        snapshot = shard.client.calls.snapshot(_ADMISSION_SECONDS)
+        snapshot = shard.client.calls.snapshot(shard.client.longest_wait)
         shard.follower = following(shard.slice, self._optimizer, snapshot)
         if shard is self.shards[0] and snapshot.membership.epoch > self.membership.epoch:
-            self.membership = snapshot.membership
+            self._hear_of_members(snapshot.membership, snapshot.history.version)
         shard.overrides = self._optimizer.overrides(snapshot.optimizer.groups)
         shard.threshold = snapshot.threshold
         shard.answer = shard.client.reopen(snapshot.history)

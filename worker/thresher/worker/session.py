@@ -266,11 +266,12 @@ class Session:
                 been sent: a round of its own, dense, in which all workers must take part at the same step.
 
         Raises:
-            ConfigurationError: ``virtual`` makes sense only for update-placed methods without an outer optimizer.
+            ConfigurationError: ``virtual`` makes sense only in lockstep, for update-placed methods without an outer
+                optimizer.
             ProtocolError: before `wrap`.
         """
         residual = self._selecting.residual
-        self._model.assign(evaluation_point(point, self._settings.method, self._rounds, residual))
+        self._model.assign(evaluation_point(point, self._settings, self._rounds, self._remembering, residual))
         try:
             yield
         finally:
@@ -285,7 +286,7 @@ class Session:
         remembering = self._remembering
         if remembering is not None and remembering.kept is not None:  # killed in this step: its message is the kept one
             self._finish()
-            remembering.repeated()
+            remembering.repeated(self._rounds)
             self._count(None, compress_seconds=0.0, wait_seconds=0.0)
             return
         leaving = self._termination.noticed
@@ -347,8 +348,7 @@ class Session:
             return None
         return gradient
 
-    def _restart(self) -> None:
-        """Begin the next round from where the shards are."""
+    def _restart(self) -> None:  # the next round, from where the shards are
         self._placement.begin(self._rounds.pieces, self.residual)
         self._show()
 
@@ -365,6 +365,7 @@ class Session:
             numel=self._model.layout.numel,
             push_bytes=tuple(shard.client.push_bytes for shard in self._rounds.shards),
             pull_bytes=tuple(shard.client.pull_bytes for shard in self._rounds.shards),
+            resent_bytes=tuple(shard.client.resent_bytes for shard in self._rounds.shards),
             setup_bytes=sum(shard.client.calls.setup_bytes for shard in self._rounds.shards),
             pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
             density=sent.density if sent is not None else 0.0,

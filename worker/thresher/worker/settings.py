@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar, final
 from thresher.protos.consistency import Consistency
 from thresher.protos.credentials import NO_CREDENTIALS, Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.timeouts import CONNECT_SECONDS, RECONNECT_SECONDS, check_timeouts
 from thresher.worker.method import Method
 
 Value = TypeVar("Value", int, float, str)
@@ -19,7 +20,7 @@ _EVERYTHING: Final = Method(threshold=0.0)
 _SYNC: Final = Consistency()
 _CONSISTENCY: Final = {
     "mode": str, "quorum": int, "grace": float, "staleness": int, "max_staleness": int, "downlink": str,
-    "shadow_threshold": float,
+    "shadow_threshold": float, "momentum_per_push": bool, "staleness_aware": bool,
 }  # fmt: skip
 _KINDS: Final = {
     "threshold": float, "density": float, "precision": float, "budget": int, "steps": int, "period": int,
@@ -39,8 +40,9 @@ class Settings:
         method: What is sent.
         consistency: When rounds close.
         state_dir: Folder of the file in which this worker's state survives the worker; None keeps it in memory only.
+        state_sync: That file is synced with each step, and so survives the machine.
         connect_timeout: Seconds to wait for the shards to come up.
-        reconnect_timeout: Seconds to look for a shard that was lost.
+        reconnect_timeout: Seconds to look for a shard that was lost; no less than the shards' lease.
         threshold_factor: This worker's factor on the run's λ: above 1 where its uplink is slow.
         metrics_listen: ``host:port`` of the Prometheus endpoint; port 0 takes a free one, None serves none.
         insecure: Plain text beyond this machine is fine.
@@ -54,8 +56,9 @@ class Settings:
     method: Method = _EVERYTHING
     consistency: Consistency = _SYNC
     state_dir: Path | None = None
-    connect_timeout: float = 60.0
-    reconnect_timeout: float = 300.0
+    state_sync: bool = False
+    connect_timeout: float = CONNECT_SECONDS
+    reconnect_timeout: float = RECONNECT_SECONDS
     threshold_factor: float = 1.0
     metrics_listen: str | None = None
     insecure: bool = False
@@ -67,16 +70,18 @@ class Settings:
             raise ConfigurationError("no shard is named; set THRESHER_SHARDS to host:port,host:port,…")
         if not 0 <= self.rank < self.workers:
             raise ConfigurationError(f"rank {self.rank} is not one of 0 … {self.workers - 1}")
-        for name in ("connect_timeout", "reconnect_timeout"):
-            seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ConfigurationError(f"{name.replace('_', ' ')} must be finite seconds >= 0, not {seconds}")
+        check_timeouts(connect_timeout=self.connect_timeout, reconnect_timeout=self.reconnect_timeout)
         if not (math.isfinite(self.threshold_factor) and self.threshold_factor > 0):
             raise ConfigurationError(f"threshold factor must be a finite number > 0, not {self.threshold_factor}")
         if self.method.budget is not None and not self.consistency.lockstep:
             raise ConfigurationError(
                 "a budget in bytes counts rounds in which all members push, not those of "
                 f"{self.consistency.describe()}; give a density or a threshold"
+            )
+        if self.consistency.momentum_per_push and self.method.placement == "update" and not self.method.outer:
+            raise ConfigurationError(
+                "momentum_per_push is about the shards' optimizer, and with placement 'update' there is none without "
+                "an outer one; each worker's own momentum decays with its own steps anyway"
             )
 
     def environment(self) -> dict[str, str]:
@@ -90,6 +95,7 @@ class Settings:
             "CONNECT_TIMEOUT": self.connect_timeout,
             "RECONNECT_TIMEOUT": self.reconnect_timeout,
             "STATE_DIR": self.state_dir,
+            "STATE_SYNC": self.state_sync,
             **{name.upper(): getattr(self.consistency, name) for name in _CONSISTENCY},
             "THRESHOLD_FACTOR": self.threshold_factor,
             "METRICS": self.metrics_listen,
@@ -129,7 +135,9 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
     if not method.keys() & {"compressor", "threshold", "density", "budget", "precision"}:
         method["threshold"] = 0.0
     consistency: dict[str, Any] = {
-        name: _read(found, name.upper(), kind) for name, kind in _CONSISTENCY.items() if name.upper() in found
+        name: _flag(found, name.upper()) if kind is bool else _read(found, name.upper(), kind)
+        for name, kind in _CONSISTENCY.items()
+        if name.upper() in found
     }
     factor = _read(found, "THRESHOLD_FACTOR", float)
     timeout, patience = _read(found, "CONNECT_TIMEOUT", float), _read(found, "RECONNECT_TIMEOUT", float)
@@ -141,8 +149,9 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
         method=Method(**method),
         consistency=Consistency(**consistency),
         state_dir=Path(found["STATE_DIR"]) if "STATE_DIR" in found else None,
-        connect_timeout=60.0 if timeout is None else timeout,
-        reconnect_timeout=300.0 if patience is None else patience,
+        state_sync=_flag(found, "STATE_SYNC"),
+        connect_timeout=CONNECT_SECONDS if timeout is None else timeout,
+        reconnect_timeout=RECONNECT_SECONDS if patience is None else patience,
         threshold_factor=1.0 if factor is None else factor,
         metrics_listen=found.get("METRICS"),
         insecure=_flag(found, "INSECURE"),

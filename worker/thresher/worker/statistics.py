@@ -16,6 +16,7 @@ class WorkerStatistics:
         numel: Elements of the model.
         push_bytes: Bytes sent, per shard.
         pull_bytes: Bytes received, per shard.
+        resent_bytes: Bytes said again after connections broke, per shard; not in push_bytes a second time.
         setup_bytes: Bytes of seeds and snapshots, all shards together.
         pushed_elements: Elements sent.
         density: Density of the last push.
@@ -31,6 +32,7 @@ class WorkerStatistics:
     numel: int = 0
     push_bytes: tuple[int, ...] = ()
     pull_bytes: tuple[int, ...] = ()
+    resent_bytes: tuple[int, ...] = ()
     setup_bytes: int = 0
     pushed_elements: int = 0
     density: float = 0.0
