@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,6 +38,8 @@ def main() -> None:
 
 
 def _train_digits(session: Session, steps: int, allowed: Path) -> None:
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - the other kind of worker is back sooner without it
+
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
