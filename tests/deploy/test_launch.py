@@ -24,7 +24,7 @@ def unseen(picture: Picture) -> None:
 
 def test_a_finished_run_starts_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its results are returned, and it is said that it is finished."""
-    one = RunResult(0.5, 1.0, 10, 1, 2, 3, 0.1, 1.0, 2.0)
+    one = RunResult(0.5, 1.0, 10, [10], 1, 2, 3, 0.1, 1.0, 2.0)
     write_results(tmp_path / "result.json", {"sparse": one}, workers=1)
     with caplog.at_level(logging.INFO):
         assert launch(CONFIG, tmp_path, unseen, StopSignals()) == {"sparse": one}

@@ -46,6 +46,14 @@ def test_endings_are_told(tmp_path: Path) -> None:
     assert it.ending() == "signal SIGKILL"
 
 
+def test_a_full_disk_under_a_log_does_not_end_the_child(tmp_path: Path) -> None:
+    """Its lines are lost; its data are heard, and it goes on to its end."""
+    code = "for number in range(5000): print('{\"a\": %d}' % number)"
+    it = Child("it", [sys.executable, "-u", "-c", code], dict(os.environ), Path("/dev/full"))
+    it.finish()
+    assert (it.code, it.data) == (0, {"a": 4999})
+
+
 def test_a_deaf_child_is_killed(tmp_path: Path) -> None:
     """A child that ignores SIGTERM is killed when patience ends."""
     it = child(

@@ -1,6 +1,8 @@
 """What a run leaves behind."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from thresher.deploy.in_process import in_process
+from thresher.deploy.in_process import InProcess, in_process
 from thresher.deploy.results import (
     bytes_text,
     merge_iterations,
@@ -21,6 +24,8 @@ from thresher.deploy.results import (
     summarize,
     write_results,
 )
+from thresher.protos import faults
+from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method, Session
@@ -50,6 +55,13 @@ def test_a_summary_adds_up_shards_and_workers() -> None:
     assert one.compression_ratio == pytest.approx(one.dense_bytes / 32000)
 
 
+def test_a_summary_says_where_each_shard_ended() -> None:
+    """Outside of lockstep shards decide for themselves: the steps are those of the one that closed most rounds."""
+    (first,), (other,) = (statistics_of(1, 2, 10, steps, 1.0) for steps in (161, 162))
+    one = summarize([first, other], {}, 1.0)
+    assert (one.steps, one.versions) == (162, [161, 162])
+
+
 def test_a_summary_takes_numbers_only() -> None:
     """What a script prints under a name of ours is taken when it is a number."""
     one = summarize(statistics_of(1, 1, 10, 1, 1.0), {"accuracy": "good", "loss": True}, 1.0)
@@ -69,20 +81,34 @@ def test_byte_texts_are_within_half_a_per_cent(count: float) -> None:
     assert back == pytest.approx(count, rel=0.006, abs=0.6)
 
 
-def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> None:
-    """A merged row has the sums of its parts, densities of the whole, and the slowest shard's time."""
+def rows_of_two_shards(folder: Path) -> list[Path]:
+    """The files of two shards with a round each."""
     common = {"version": 1, "members": 2, "contributors": [0, 1], "skipped": False, "only_mean": False}
     common |= {"threshold": 0.1, "learning_rate": 0.5, "push_bytes": 10, "pull_bytes": 20, "residual_squared": 2.0}
     counts = {0: (5.0, 30, 6, 0.1, 5, 0.1), 1: (6.0, 10, 4, 0.2, 1, 0.3)}
     names = ("time", "numel", "pushed_elements", "push_density", "update_elements", "round_seconds")
     rows = [{**common, "shard": shard, **dict(zip(names, values, strict=True))} for shard, values in counts.items()]
     for row in rows:
-        (tmp_path / f"{row['shard']}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    merge_iterations([tmp_path / "0.jsonl", tmp_path / "1.jsonl"], tmp_path / "all.jsonl")
+        (folder / f"{row['shard']}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return [folder / "0.jsonl", folder / "1.jsonl"]
+
+
+def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> None:
+    """A merged row has the sums of its parts, densities of the whole, and the slowest shard's time."""
+    merge_iterations(rows_of_two_shards(tmp_path), tmp_path / "all.jsonl", lockstep=True)
     merged = json.loads((tmp_path / "all.jsonl").read_text(encoding="utf-8"))
     assert (merged["push_bytes"], merged["pull_bytes"], merged["numel"]) == (20, 40, 40)
     assert (merged["push_density"], merged["update_density"]) == (10 / 80, 6 / 40)
     assert (merged["residual_norm"], merged["round_seconds"], merged["time"]) == (2.0, 0.3, 6.0)
+    assert "shard" not in merged
+
+
+def test_outside_of_lockstep_each_shard_has_its_own_iterations(tmp_path: Path) -> None:
+    """Rounds of one version at two shards may be of different pushes there: each has a row, which names its shard."""
+    merge_iterations(rows_of_two_shards(tmp_path), tmp_path / "all.jsonl", lockstep=False)
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["version"], row["shard"], row["numel"]) for row in rows] == [(1, 0, 30), (1, 1, 10)]
+    assert [row["push_density"] for row in rows] == pytest.approx([0.1, 0.2])
 
 
 class Tied(nn.Module):
@@ -106,6 +132,44 @@ class Tied(nn.Module):
         return total
 
 
+def snapshots_of(cluster: InProcess) -> list[Snapshot]:
+    """Ask each shard, as the launcher does."""
+    clients = [ShardCalls(index, address, "the test") for index, address in enumerate(cluster.addresses)]
+    found = [client.snapshot(wait_seconds=5.0) for client in clients]
+    for client in clients:
+        client.close()
+    return found
+
+
+def snapshots_apart() -> list[Snapshot]:
+    """Let shard 1 return a push for its age that shard 0 took: it came there two rounds later."""
+    on_its_way, too_old = threading.Event(), threading.Event()
+
+    def strike(who: str, phase: str) -> None:
+        if (who, phase) == ("worker 1", "in flight") and not on_its_way.is_set():  # to shard 0, and not to shard 1
+            on_its_way.set()
+            assert too_old.wait(30)
+
+    def work(session: Session) -> None:
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        session.wrap(model, optimizer)
+        if session.rank == 0:
+            assert on_its_way.wait(30)
+            while cluster.statistics()[0].version == 0:
+                time.sleep(0.01)
+        for _ in range(2 - session.rank):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        too_old.set()
+
+    consistency = Consistency("async", max_staleness=1)
+    with in_process(shards=2, workers=2, consistency=consistency) as cluster, faults.plan(strike):
+        cluster.run(work)
+        return snapshots_of(cluster)
+
+
 def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, torch.Tensor], dict[str, object]]:
     """Train `Tied` on one worker; return the shards' snapshots, the worker's state_dict and its optimizer's."""
     torch.manual_seed(0)
@@ -122,10 +186,7 @@ def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, 
 
     with in_process(shards=shards, workers=1, method=Method(threshold=0.0)) as cluster:
         cluster.run(work)
-        clients = [ShardCalls(index, address, "the test") for index, address in enumerate(cluster.addresses)]
-        found = [client.snapshot(wait_seconds=5.0) for client in clients]
-        for client in clients:
-            client.close()
+        found = snapshots_of(cluster)
     return found, dict(model.state_dict()), optimizer.state_dict()
 
 
@@ -133,7 +194,7 @@ def snapshots_after(steps: int, shards: int) -> tuple[list[Snapshot], dict[str, 
 def test_a_saved_model_is_the_model(tmp_path: Path, shards: int) -> None:
     """Every name of state_dict(), tied ones and buffers too, with the type and the bits that rank 0 has at the end."""
     found, state, _ = snapshots_after(5, shards)
-    save_model(tmp_path / "model.safetensors", found)
+    save_model(tmp_path / "model.safetensors", found, lockstep=True)
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == state.keys()
     for name, value in state.items():
@@ -156,17 +217,31 @@ def test_a_saved_optimizer_is_the_optimizer(tmp_path: Path) -> None:
 
 
 def test_a_model_at_two_versions_is_refused(tmp_path: Path) -> None:
-    """Shards that are not at one version make no model."""
+    """In lockstep, shards that are not at one version make no model."""
     found, _, _ = snapshots_after(1, 1)
     later = pb.History(version=found[0].version + 1)
     with pytest.raises(ProtocolError, match="versions"):
-        save_model(tmp_path / "model.safetensors", [found[0], replace(found[0], history=later)])
+        save_model(tmp_path / "model.safetensors", [found[0], replace(found[0], history=later)], lockstep=True)
+
+
+def test_outside_of_lockstep_a_model_is_a_vector_of_versions(tmp_path: Path) -> None:
+    """Each shard closes rounds for itself: the model is that of its own version from each, and says which these are."""
+    found = snapshots_apart()
+    assert [one.version for one in found] == [3, 2]
+    save_model(tmp_path / "model.safetensors", found, lockstep=False)
+    save_optimizer(tmp_path / "optimizer.safetensors", found)
+    saved = load_file(tmp_path / "model.safetensors")
+    parameters = torch.cat([saved[spec.name].view(-1) for spec in found[0].layout.trained])
+    assert torch.equal(parameters, torch.cat([one.visible for one in found]))
+    for name in ("model", "optimizer"):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            assert file.metadata() == {"versions": "[3, 2]"}
 
 
 def test_the_model_of_a_run_with_a_shadow_is_the_shadow(tmp_path: Path) -> None:
     """What workers copy is the model, not the parameters that it follows."""
     (one,), _, _ = snapshots_after(1, 1)
-    save_model(tmp_path / "model.safetensors", [replace(one, shadow=torch.full_like(one.visible, 7.0))])
+    save_model(tmp_path / "model.safetensors", [replace(one, shadow=torch.full_like(one.visible, 7.0))], lockstep=False)
     assert load_file(tmp_path / "model.safetensors")["embed.weight"].eq(7.0).all()
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,18 @@ def test_who_has_left_is_not_started_again(tmp_path: Path) -> None:
     ended(it)
     it.tend(0.0, lambda: True)
     assert (it.is_done, it.has_failed, it.restarts) == (True, False, 0)
+
+
+def test_while_nobody_knows_whether_it_has_left_no_life_begins(tmp_path: Path) -> None:
+    """Whoever could say does not answer: it is asked again, and only then another life begins, or none does."""
+    for over in (True, False):
+        it = Supervised("it", lives(tmp_path, KILLED, "pass"), restarts=3, delay=0.0, longest=60.0)
+        ended(it)
+        before = it.child
+        it.tend(0.0, lambda: None)
+        assert (it.child is before, it.is_done, it.has_failed, it.restarts) == (True, False, False, 0)
+        it.tend(1.0, partial(bool, over))
+        assert (it.child is before, it.restarts) == (over, 0 if over else 1)
+        ended(it)
+        it.child.finish()
+        assert (it.is_done, it.has_failed) == (True, False)

@@ -96,12 +96,16 @@ def test_round_trip(update: Update, previous: bytes) -> None:
     assert told.wire_bytes == sum(len(message.SerializeToString()) for message in told.messages)
 
 
-@given(updates(), gradients(), st.integers(1, 2**30))
-def test_assignments_round_trip(update: Update, assignments: SparseGradient, versions: int) -> None:
-    """A worker that copies the shadow hears all but the mean, and the digest of the update itself."""
+@given(updates(), gradients(), st.integers(1, 2**30), memberships | st.none())
+def test_assignments_round_trip(
+    update: Update, assignments: SparseGradient, versions: int, membership: Membership | None
+) -> None:
+    """A worker that copies the shadow hears all but the mean, who belongs to the run, and the update's own digest."""
     newest = sealed(update, BEGINNING)
-    told = with_assignments(newest, assignments, versions)
-    expected = replace(newest.update, mean=None, assignments=assignments, assigned_versions=versions)
+    told = with_assignments(newest, assignments, versions, membership)
+    expected = replace(
+        newest.update, mean=None, assignments=assignments, assigned_versions=versions, membership=membership
+    )
     assert_equal(told.update, expected)
     assert_equal(received(told), expected)
 

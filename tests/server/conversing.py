@@ -31,7 +31,9 @@ from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
 
 SECONDS = 30.0  # a deadline that turns a hang into a failure; nothing waits for it otherwise
-LAYOUT = Layout((TensorSpec("w", (3,), "float32"), TensorSpec("b", (1,), "float32")))
+LAYOUT = Layout(
+    (TensorSpec("w", (3,), "float32"), TensorSpec("b", (1,), "float32")), (TensorSpec("bn.mean", (2,), "float32"),)
+)
 SGD = OptimizerSpec("SGD", ({"lr": 1.0},))
 LOCKSTEP = Consistency()
 
@@ -43,12 +45,15 @@ def register(
     optimizer: OptimizerSpec = SGD,
     incarnation: int = 1,
     consistency: Consistency = LOCKSTEP,
+    shard: int = 0,
+    shards: int = 1,
 ) -> pb.RegisterRequest:
     return pb.RegisterRequest(
         rank=rank,
         workers=workers,
         incarnation=incarnation,
-        shards=1,
+        shard=shard,
+        shards=shards,
         layout=layout_to_message(layout),
         fingerprint=layout.fingerprint,
         optimizer=optimizer_to_message(optimizer),
@@ -68,7 +73,8 @@ def seeds(
 
 
 def zeros(layout: Layout = LAYOUT) -> bytes:
-    return pack_state({PARAMETERS: torch.zeros(layout.numel)}, {"bn.mean": torch.ones(2)})
+    untrained = {spec.name: torch.ones(spec.shape) for spec in layout.untrained}
+    return pack_state({PARAMETERS: torch.zeros(layout.numel)}, untrained)
 
 
 def hello(rank: int, incarnation: int = 1, history: pb.History | None = None) -> pb.ExchangeRequest:

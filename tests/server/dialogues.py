@@ -28,6 +28,9 @@ QUORUM = Consistency(quorum=2, grace=1.0)
 SSP = Consistency("ssp", staleness=1)
 ASYNC = Consistency("async")
 
+PAIR = [1.0, 1.0]
+"""A push for one of two shards."""
+
 NOWHERE = History()
 LOCKSTEP = Consistency()
 
@@ -97,6 +100,17 @@ def begin(shard: Shard, workers: int, consistency: Consistency, seeded: float = 
     for rank in range(workers):
         done += say(shard, hello(rank))
     return done
+
+
+def part_of_two(shard: int, workers: int, consistency: Consistency = LOCKSTEP) -> Shard:
+    """One of two shards, on which every worker exchanges."""
+    one = Shard(replace(CONFIG, shard=shard, shards=2, workers=workers))
+    for rank in range(workers):
+        say(one, register(rank, workers=workers, shard=shard, shards=2, consistency=consistency))
+    say(one, seed(numel=2))
+    for rank in range(workers):
+        say(one, hello(rank))
+    return one
 
 
 def close_round(shard: Shard, ranks: Sequence[int], step: int, value: float = 1.0, now: float = 0.0) -> list[Effect]:

@@ -48,7 +48,7 @@ class Reference:
         self.order: list[int] = []  # of the pushes that wait
         self.quorum_at = math.inf
         self.opened_at = 0.0
-        self.said: dict[int, int] = {}
+        self.said: dict[int, tuple[int, int]] = {}  # what, and in which life
         self.agreed: list[float] = []
         self.version = 0
         self.model: torch.Tensor | None = None
@@ -150,13 +150,24 @@ class Reference:
         told = [effect for effect in done if isinstance(effect, effects.Tell)]
         awaited = self.awaited()
         if awaited and self.said and awaited <= set(self.said):
-            self.agreed.append(sum(self.said[rank] for rank in awaited) / len(awaited))
+            self.agreed.append(sum(self.said[rank][0] for rank in awaited) / len(awaited))
             self.said = {}
             assert [(one.agreed.number, one.agreed.values) for one in told] == [
                 (len(self.agreed) - 1, {"loss": self.agreed[-1]})
             ]
         else:
             assert not told
+
+    def cross(self, done: list[Effect]) -> None:
+        """In lockstep the run fails where some wait for a round and all others for an agreement."""
+        awaited, seats = self.awaited(), self.seats
+        pushing = {
+            rank for rank in awaited if (one := seats[rank].waiting) and one.worker.incarnation == seats[rank].life
+        }
+        asking = {rank for rank in awaited - pushing if rank in self.said and self.said[rank][1] == seats[rank].life}
+        crossed = bool(self.mode.lockstep and pushing and asking and pushing | asking == awaited <= self.here())
+        assert crossed == any(isinstance(effect, effects.Failed) for effect in done)
+        self.failed = crossed
 
     def let_in_alone(self) -> None:
         if self.here() and not self.awaited():

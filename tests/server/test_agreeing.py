@@ -72,6 +72,18 @@ def test_the_mean_is_that_of_those_who_are_asked_for() -> None:
     assert one.conclude((0, 1, 2), 1, 6.0) is None
 
 
+@pytest.mark.parametrize("said", [(math.inf, -math.inf), (1e308, 1e308), (math.nan, 1.0)])
+def test_what_has_no_sum_is_not_a_number(said: tuple[float, float]) -> None:
+    """A metric that has diverged is told as one; the run goes on, and so do the agreements."""
+    journal = begun()
+    journal.say(agree(0, 0, loss=said[0], accuracy=0.5))
+    agreed = only(effects.Tell, journal.say(agree(1, 0, loss=said[1], accuracy=0.25))).agreed
+    assert math.isnan(agreed.values["loss"])
+    assert agreed.values["accuracy"] == 0.375
+    journal.say(agree(0, 1, loss=math.inf))
+    assert only(effects.Tell, journal.say(agree(1, 1, loss=1.0))).agreed.values == {"loss": math.inf}
+
+
 def test_an_agreement_is_open_since_the_first_of_the_awaited_asked() -> None:
     """Not while none of them asks, and not any more once it is concluded."""
     one = OpenAgreement()

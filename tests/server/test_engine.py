@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from tests.server.on_an_engine import Listener, joined_by_another, push, run
 
-from thresher.protos.errors import ProtocolError
+from thresher.protos.errors import ProtocolError, RoundFailedError
 from thresher.server import effects, events
 from thresher.server.engine import MAILBOX_EVENTS, Engine
 from thresher.server.events import IterationRow, Worker
@@ -88,19 +88,19 @@ def test_a_row_that_cannot_be_written_is_told_and_keeps_nobody_waiting(caplog: p
     run(scenario, full)
 
 
-def test_a_bug_is_told_and_logged_and_the_thread_lives(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever goes wrong while an event is handled reaches its sender; the next event is handled."""
+def test_a_bug_is_told_and_logged_and_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever goes wrong while an event is handled reaches its sender and all others; the thread lives to say so."""
 
     def broken(row: IterationRow) -> None:
-        if row.version == 1:
-            raise RuntimeError("a bug")
+        raise RuntimeError("a bug")
 
     async def scenario(engine: Engine, listener: Listener) -> None:
-        with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="a bug"):
-            await engine.submit(push(0))
-        assert "could not handle Push" in caplog.text
-        await engine.submit(push(1))
-        assert listener.heard[-1] == 2
+        for step in range(2):
+            with caplog.at_level(logging.ERROR), pytest.raises(RoundFailedError, match="a bug"):
+                await engine.submit(push(step))
+        assert "Traceback" in caplog.text
+        assert "shard 0 could not handle Push: RuntimeError: a bug" in await asyncio.wait_for(listener.failed, 30)
+        assert listener.heard == [1]
 
     run(scenario, broken)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.server.on_an_engine import LAYOUT, ME, Listener, joined_by_another, push, run
+from tests.server.on_an_engine import LAYOUT, ME, OTHER, Listener, joined_by_another, push, run
 from tests.server.small_disk import fill, mounted
 
 from thresher.protos.errors import RoundFailedError
@@ -197,3 +197,49 @@ def test_who_must_come_back_is_told_once_the_new_state_is_kept(tmp_path: Path) -
 
     with closing(opened(tmp_path)) as journal:
         run(scenario, journal=journal)
+
+
+def test_a_bug_between_memory_and_journal_fails_the_run_and_loses_nothing(tmp_path: Path) -> None:
+    """Nothing may be applied on top of a round that is not kept: the folder ends with the last one that was told."""
+
+    def strike(_who: str, phase: str) -> None:
+        if phase == "apply" and closed_in(tmp_path) == [1, 2]:
+            raise RuntimeError("a bug")
+
+    async def scenario(engine: Engine, listener: Listener) -> None:
+        for step in range(2):
+            await engine.submit(push(step))
+        for step in (2, 3):
+            with pytest.raises(RoundFailedError, match="RuntimeError: a bug"):
+                await engine.submit(push(step))
+        assert "shard 0 could not handle Push: RuntimeError: a bug" in await asyncio.wait_for(listener.failed, 30)
+        assert engine.statistics().state == "failed"
+        assert listener.heard == closed_in(tmp_path) == [1, 2]
+
+    with closing(opened(tmp_path)) as journal, plan(strike):
+        run(scenario, journal=journal)
+    with closing(Journal(tmp_path)) as journal:
+        state = Recovery(journal, ShardConfig(0, 1, 1)).state
+    assert state is not None
+    assert (state.version, state.snapshot().tensors[PARAMETERS].tolist()) == (2, [-2.0, -2.0])
+
+
+def test_a_bug_as_time_passes_fails_the_run_too(tmp_path: Path) -> None:
+    """A round that closes because a lease ends is no worker's event: all hear why the run is over, once."""
+
+    def strike(_who: str, phase: str) -> None:
+        if phase == "apply":
+            raise RuntimeError("a bug")
+
+    async def scenario(engine: Engine, listener: Listener) -> None:
+        for event in joined_by_another():
+            await engine.submit(event)
+        await engine.submit(push(0))  # lets the other in
+        with plan(strike):
+            await engine.submit(push(1))
+            await engine.submit(events.Disconnect(OTHER))
+            assert "shard 0 could not handle Tick: RuntimeError: a bug" in await asyncio.wait_for(listener.failed, 30)
+        assert listener.heard == closed_in(tmp_path) == [1]
+
+    with closing(opened(tmp_path)) as journal:
+        run(scenario, journal=journal, lease=0.0)

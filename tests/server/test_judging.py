@@ -66,11 +66,11 @@ def test_what_is_wrong_is_rejected_with_the_reason(wrong: dict[str, Any], reason
 @pytest.mark.parametrize(
     ("step", "changes", "verdict"),
     [
-        (2, {}, Verdict.DUPLICATE),
+        (2, {}, Verdict.APPLIED),
         (2, {"content": 9}, Verdict.REJECTED),
-        (2, {"content": 9, "lost": True}, Verdict.DUPLICATE),
-        (1, {"content": 9}, Verdict.DUPLICATE),
-        (0, {}, Verdict.DUPLICATE),
+        (2, {"content": 9, "lost": True}, Verdict.APPLIED),
+        (1, {"content": 9}, Verdict.APPLIED),
+        (0, {}, Verdict.APPLIED),
     ],
 )
 def test_a_step_that_has_its_verdict_keeps_it(step: int, changes: dict[str, Any], verdict: Verdict) -> None:

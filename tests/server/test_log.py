@@ -81,7 +81,17 @@ def test_sparse_updates_are_counted_with_their_indices() -> None:
     sparse.append(sealed(Update(1, 1, (0,), mean, (True,)), b""))
     dense.append(update(1, 10))
     frames = [len(log.since(0)[0].frame) for log in (sparse, dense)]
-    assert sparse.bytes - dense.bytes == 10 * 8 + frames[0] - frames[1]
+    assert sparse.bytes - dense.bytes == 10 * 8 + 2 * (frames[0] - frames[1])
+
+
+def test_the_messages_that_an_update_keeps_are_counted() -> None:
+    """Once it has been told, an update holds its frame twice: as it is, and in the messages for all workers."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    one = sealed(Update(1, 1, (0,), SparseGradient.dense(values), (True,)), b"")
+    parts = sum(len(message.chunk) for message in one.messages)
+    log = UpdateLog(1 << 20)
+    log.append(one)
+    assert log.bytes >= values.nbytes + len(one.frame) + parts
 
 
 def test_a_dense_baseline_does_not_eat_the_machine() -> None:

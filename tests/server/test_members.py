@@ -44,13 +44,32 @@ def test_who_has_left_is_not_taken_back_by_a_membership_that_had_not_heard_of_it
     """Until another life of it comes."""
     members = admitted(1)
     members.seat(1).state = MemberState.LEFT
-    members.dismiss(1)
+    members.dismiss(1, decides=False)
     assert members.membership == Membership(0, (0, 2))
     members.adopt(Membership(4, (0, 1, 2)))
     assert members.membership == Membership(4, (0, 2))
     members.admit(Worker(1, 2), "", "")
     members.adopt(Membership(5, (0, 1, 2)))
     assert [member.rank for member in members.counted] == [0, 1, 2]
+
+
+def test_the_first_shard_counts_a_leave_as_a_change() -> None:
+    """The others hear of it from there; one that belonged to the run no more changes nothing."""
+    members = admitted(1)
+    for _ in range(2):
+        members.dismiss(1, decides=True)
+        assert members.membership == Membership(1, (0, 2))
+
+
+def test_members_that_are_missed_have_a_lease_and_have_come() -> None:
+    """A lease that runs goes on; who exchanges is not missed."""
+    members = admitted(1)
+    members.seat(0).state = MemberState.EXCHANGING
+    members.miss(4.0)
+    members.miss(6.0)
+    assert [member.lost_at for member in members] == [math.inf, 4.0, 4.0]
+    assert [str(member.state) for member in members] == ["exchanging", "registered", "lost"]
+    assert members.complete
 
 
 def test_a_run_is_complete_once_every_member_has_come() -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from thresher.protos.consistency import Consistency
-from thresher.protos.errors import LayoutError, OptimizerError, RegistrationError
+from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError, RegistrationError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import SUPPORTED, Hyperparameters, OptimizerSpec, spec_of
 from thresher.server.events import Register, Worker
-from thresher.server.registration import check_registration
+from thresher.server.registration import check_bringer, check_registration, check_untrained
 
 LAYOUT = Layout((TensorSpec("w", (3,), "float32"), TensorSpec("b", (1,), "float32", group=1)))
 FIRST = Register(
@@ -100,3 +100,40 @@ def test_every_supported_optimizer_is_welcome(name: str) -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
     spec = spec_of(SUPPORTED[name]([{"params": [parameter]} for parameter in parameters], **rate))
     check_registration(replace(FIRST, optimizer=spec), None, 0, 2)
+
+
+KEPT = Layout(LAYOUT.trained, (TensorSpec("mean", (2,), "float32"), TensorSpec("seen", (), "int64")))
+FITTING = {"mean": torch.ones(2), "seen": torch.tensor(3)}
+
+
+def test_untrained_tensors_may_be_any_of_those_registered() -> None:
+    """All of them, some, or none; to the other shards none."""
+    for untrained in (FITTING, {"seen": FITTING["seen"]}, {}):
+        check_untrained(untrained, KEPT, shard=0, rank=0)
+    check_untrained({}, KEPT, shard=1, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shard", "said"),
+    [
+        ({"mean": torch.ones(3)}, 0, r"worker 4 brings mean float32 \[3\], which is none of the 2"),
+        ({"mean": torch.ones(2, dtype=torch.float16)}, 0, r"mean float16 \[2\]"),
+        ({"seen": torch.ones(1, dtype=torch.int64)}, 0, r"seen int64 \[1\]"),
+        ({"w": torch.ones(3)}, 0, r"w float32 \[3\]"),
+        ({"mean": torch.ones(2)}, 1, "none of the 0 untrained tensors that shard 1 keeps"),
+    ],
+)
+def test_an_untrained_tensor_that_was_not_registered_is_refused(
+    wrong: dict[str, torch.Tensor], shard: int, said: str
+) -> None:
+    """Whoever joins later would copy it into a model that has no place for it."""
+    with pytest.raises(ProtocolError, match=said):
+        check_untrained(wrong, KEPT, shard, rank=4)
+
+
+def test_buffers_come_from_the_first_rank_to_the_first_shard() -> None:
+    """Nobody else has any to bring."""
+    check_bringer(0, 0)
+    for rank, shard in ((1, 0), (0, 1)):
+        with pytest.raises(ProtocolError, match=f"not from worker {rank} to shard {shard}"):
+            check_bringer(rank, shard)

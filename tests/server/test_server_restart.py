@@ -256,3 +256,17 @@ def test_damage_is_refused_before_anything_is_served(tmp_path: Path) -> None:
     ):
         pass
     assert {path.name: path.read_bytes() for path in image.iterdir() if path.name != "lock"} == before
+
+
+def test_a_seed_that_is_damaged_is_data_loss(tmp_path: Path) -> None:
+    """It is in no log: rounds that were closed on it cannot be replayed, although the log has them all."""
+    with serving({"state_dir": tmp_path / "state"}, checkpoint_every=100) as served:
+        make_rounds(served.join(), range(STEPS))
+        image = killed(tmp_path / "state", tmp_path / "image")
+    (seed,) = image.glob("checkpoint-*.safetensors")
+    damaged = bytearray(seed.read_bytes())
+    damaged[-1] ^= 1
+    seed.write_bytes(damaged)
+    with pytest.raises(DataLossError, match="closed before the shard was seeded"), serving({"state_dir": image}):
+        pass
+    assert [path.name for path in image.glob("*.damaged")] == [f"{seed.name}.damaged"]

@@ -1,5 +1,6 @@
 """The gRPC edge, spoken to with raw messages: single calls are answered, or refused by name."""
 
+import tracemalloc
 from collections.abc import Iterable, Iterator
 
 import grpc
@@ -22,6 +23,7 @@ from thresher.protos.messages import layout_to_message, optimizer_from_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.snapshots import pack_state, unpack_state
+from thresher.server.copies import MOST_COPIES
 from thresher.v1 import aggregation_pb2 as pb
 
 CODE = grpc.StatusCode
@@ -137,3 +139,35 @@ def test_who_waits_for_a_seed_that_does_not_come_is_told_who_brings_it(served: S
     with pytest.raises(grpc.RpcError, match=r"shard 0 has waited 0.0 s for its starting values; worker 0") as caught:
         served.snapshot(wait_seconds=0.0)
     assert refusal(caught.value)[0] is CODE.ABORTED
+
+
+def test_callers_who_read_slowly_share_one_copy_of_the_state(served: Served) -> None:
+    """However many join at once, the shard's memory holds the model once more, and parts that are on their way."""
+    numel, readers = 2_000_000, 16
+    served.register(0, layout=Layout((TensorSpec("w", (numel,), "float32"),)))
+    served.seed(pack_state({PARAMETERS: torch.zeros(numel)}, {}))
+    tracemalloc.start()
+    try:
+        calls = [served.stub.Snapshot(pb.SnapshotRequest(wait_seconds=SECONDS)) for _ in range(readers)]
+        firsts = [next(call) for call in calls]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert firsts[0].total_bytes > 4 * numel
+    assert held < 8 * firsts[0].total_bytes
+    for call, first in zip(calls, firsts, strict=True):
+        assert len(first.chunk) + sum(len(part.chunk) for part in call) == first.total_bytes
+
+
+def test_callers_who_break_off_leave_room_for_others(served: Served) -> None:
+    """More of them than may read at a time, each of another state, none to its end: the next is answered."""
+    numel = 2_000_000
+    layout = Layout((TensorSpec("w", (numel,), "float32"),))
+    served.register(0, layout=layout)
+    served.seed(pack_state({PARAMETERS: torch.zeros(numel)}, {}))
+    for life in range(2, MOST_COPIES + 4):
+        call = served.stub.Snapshot(pb.SnapshotRequest(wait_seconds=SECONDS), timeout=SECONDS)
+        next(call)
+        call.cancel()
+        served.register(0, layout=layout, incarnation=life)  # a record: what was read is no longer the newest
+    assert served.parts()[0].version == 0

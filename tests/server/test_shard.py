@@ -229,18 +229,6 @@ def test_a_mean_alone_moves_the_version_and_nothing_else() -> None:
     assert parameters(shard) == [-2.5] * 4  # momentum 0.5 of the step before the mean
 
 
-def test_a_mean_alone_is_told_again_to_who_repeats_its_push() -> None:
-    """Nothing else remembers it: the model does not hold it. Who repeats another push is told DUPLICATE only."""
-    shard = training()
-    close_round(shard, (0, 1), 0)
-    assert say(shard, push(0, 0)) == [effects.Judged(0, Verdict.DUPLICATE)]
-    say(shard, push(0, 1, 3.0, only_mean=True))
-    done = say(shard, push(1, 1, 3.0, only_mean=True))
-    told = only(effects.Publish, done).sealed
-    again = say(shard, push(0, 1, 3.0, only_mean=True))
-    assert again == [effects.Judged(1, Verdict.DUPLICATE), effects.Publish(told, (0,))]
-
-
 def test_a_schedule_travels_with_the_pushes() -> None:
     """The hyper-parameters in force are those of the round, and the snapshot shows them."""
     shard = training()

@@ -58,7 +58,17 @@ def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[
 
 # One strategy, and not a rule for each: hypothesis leaves out many rules in a run, and little happens then.
 acts = weighted(
-    (8, act("push", rank=ranks, gradient=values, behind=st.sampled_from([0, 0, 0, 1, 3]), lost=st.booleans())),
+    (
+        8,
+        act(
+            "push",
+            rank=ranks,
+            gradient=values,
+            behind=st.sampled_from([0, 0, 0, 1, 3]),
+            lost=st.booleans(),
+            cut=st.booleans(),
+        ),
+    ),
     (6, act("all_who_are_here_push", gradients=st.lists(values, min_size=RANKS, max_size=RANKS))),
     (4, act("push_again", rank=ranks, conflicting=rarely, back=st.sampled_from([0, 0, 1, 2]), lost=rarely)),
     (1, act("push_what_is_rejected", rank=ranks, wrong=st.sampled_from(WRONG))),
@@ -73,6 +83,7 @@ acts = weighted(
     (2, act("disconnect", rank=ranks)),
     (4, act("agree", rank=ranks, value=st.integers(-8, 8), off=st.sampled_from([0, 0, 0, -1, 1]))),
     (4, act("tick", seconds=st.sampled_from([0.0, 0.5, 1.0, 4.0, 6.0]))),
+    (2, act("one_asks_where_others_push", asking=ranks)),
     (1, act("abort", rank=ranks, really=rarely)),
     (2, act("crash", checkpoint=st.integers(0, 3), seconds=st.sampled_from([0.0, 100.0]))),
 )
@@ -99,7 +110,14 @@ class ShardMachine(Reference, RuleBasedStateMachine):
 
     def all_who_are_here_push(self, gradients: list[list[int] | None]) -> None:
         for rank in sorted(self.here()):
-            self.push(rank, gradients[rank], behind=0, lost=False)
+            self.push(rank, gradients[rank], behind=0, lost=False, cut=False)
+
+    def one_asks_where_others_push(self, asking: int) -> None:
+        self.all_come_back()
+        for rank in sorted(self.here() - {asking}):
+            self.push(rank, None, behind=0, lost=False, cut=False)
+        self.agree(asking, 1, off=0)
+        self.tick(0.0)
 
     def all_come_back(self) -> None:
         for rank, seat in enumerate(self.seats):
@@ -108,8 +126,10 @@ class ShardMachine(Reference, RuleBasedStateMachine):
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
-        self.conclude(self.tell(events.Tick()))
+        done = self.tell(events.Tick())
+        self.conclude(done)
         self.let_in_alone()
+        self.cross(done)
 
     def register(self, rank: int, *, fresh: bool) -> None:
         seat = self.seats[rank]
@@ -182,12 +202,15 @@ class ShardMachine(Reference, RuleBasedStateMachine):
             events.Hello(Worker(rank, seat.life), there), DataLossError if wrong == "digest" else LostHistoryError
         )
 
-    def push(self, rank: int, gradient: list[int] | None, behind: int, *, lost: bool) -> None:
-        """The next step of a worker; ``behind`` is how many versions ago it was computed."""
+    def push(self, rank: int, gradient: list[int] | None, behind: int, *, lost: bool, cut: bool) -> None:
+        """The next step of a worker; ``behind`` is how many versions ago it was computed.
+
+        In lockstep a worker that was ``cut`` from this shard only has followed it beyond its step.
+        """
         seat = self.seats[rank]
         version = max(0, self.version - behind)
         step = max(seat.settled, version) if self.mode.lockstep else seat.settled
-        version = step if self.mode.lockstep else version
+        version = (max(step, self.version) if cut and step < self.version else step) if self.mode.lockstep else version
         event = replace(
             push(rank, step, gradient), worker=Worker(rank, seat.life), version=version, lost=lost and gradient is None
         )
@@ -231,10 +254,8 @@ class ShardMachine(Reference, RuleBasedStateMachine):
             content=seat.last.content + conflicting,
             lost=lost,
         )
-        expected: Verdict = seat.verdict if seat.verdict is Verdict.RETURNED else Verdict.DUPLICATE
-        if back or lost:
-            expected = Verdict.DUPLICATE
-        elif conflicting:
+        expected = Verdict.APPLIED if back else seat.verdict
+        if conflicting and not back and not lost:
             expected = Verdict.REJECTED
         assert only(effects.Judged, self.unchanged(event)).verdict is expected
 
@@ -285,7 +306,7 @@ class ShardMachine(Reference, RuleBasedStateMachine):
             told = only(effects.Tell, self.unchanged(event))
             assert (told.agreed.values, told.ranks) == ({"loss": self.agreed[number]}, (rank,))
         else:
-            self.said[rank] = value
+            self.said[rank] = value, seat.life
             self.conclude(self.tell(event))
 
     def abort(self, rank: int, *, really: bool) -> None:

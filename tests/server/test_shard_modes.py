@@ -23,6 +23,7 @@ from tests.server.dialogues import (
     push,
     register,
     say,
+    seed,
     snapshot_of,
     training,
 )
@@ -35,8 +36,10 @@ from thresher.protos.update import Membership, Update
 from thresher.server import effects, events
 from thresher.server.effects import Effect
 from thresher.server.events import Verdict, Worker
+from thresher.server.shard import Shard
 
 SHADOW = Consistency(downlink="shadow", shadow_threshold=0.75)
+FOLLOWED = Consistency("async", downlink="shadow")
 
 
 def updates(done: list[Effect]) -> list[Update]:
@@ -234,6 +237,40 @@ def test_in_async_a_worker_is_told_of_the_shadow_when_its_push_is_answered() -> 
     assert (publish.ranks, publish.sealed.update.assigned_versions) == ((1,), 3)
     assert publish.sealed.update.assignments is not None
     assert publish.sealed.update.assignments.densify().tolist() == parameters(shard)
+
+
+def test_a_worker_that_copies_the_shadow_hears_of_the_members_whichever_round_it_is_told_of() -> None:
+    """It hears of rounds that its push was in, and of the newest when it comes back: who left in between is told."""
+    shard = training(3, FOLLOWED)
+    before = history_of(shard)
+    say(shard, leave(2))
+    assert [update.membership for update in updates(say(shard, push(0, 0)))] == [Membership(1, (0, 1))]
+    say(shard, push(0, 1))
+    assert [update.membership for update in updates(say(shard, push(1, 0, version=0)))] == [Membership(1, (0, 1))]
+    (missed,) = only(effects.Backlog, say(shard, hello(1, before))).updates
+    assert missed.update.membership == Membership(1, (0, 1))
+
+
+def test_other_shards_do_not_say_who_belongs_to_the_run() -> None:
+    """Theirs may be older than what the first shard says."""
+    shard = Shard(replace(CONFIG, shard=1, shards=2))
+    for rank in (0, 1):
+        say(shard, register(rank, consistency=FOLLOWED, shard=1, shards=2))
+    for event in (seed(numel=2), hello(0)):
+        say(shard, event)
+    assert [update.membership for update in updates(say(shard, push(0, 0, [1.0, 1.0])))] == [None]
+
+
+def test_a_push_that_was_applied_while_its_worker_was_away_is_told_so() -> None:
+    """Its update went where nobody read it, and the newest, which tells all of the shadow, is of another's push."""
+    shard = training(2, FOLLOWED)
+    before = history_of(shard)
+    say(shard, push(1, 0))
+    say(shard, events.Disconnect(Worker(1, 1)))
+    say(shard, push(0, 0, version=0))
+    (missed,) = only(effects.Backlog, say(shard, hello(1, before))).updates
+    assert missed.update.arrivals == ((0, 0),)
+    assert say(shard, push(1, 0)) == [effects.Judged(0, Verdict.APPLIED)]
 
 
 def test_who_comes_back_gets_what_the_shadow_has_assigned_since() -> None:

@@ -121,13 +121,51 @@ def test_an_agreement_that_a_worker_never_asks_for_names_it(mode: Consistency) -
 
 
 def test_one_that_pushes_where_the_other_asks_is_told_apart() -> None:
-    """Neither goes on, and each notice says what the other one waits for instead."""
-    shard = training()
+    """Each notice says what the other one waits for instead."""
+    shard = training(3)
     say(shard, agree(0), 0.0)
     say(shard, push(1, 0), 0.0)
     of_round, of_agreement = [notice.text for notice in of(effects.Notice, say(shard, events.Tick(), 10.0))]
     assert "round 0 of shard 0 has been open for 10 s: worker 0 (host:0) waits for agreement 0 instead" in of_round
     assert "worker 1 (host:1) is connected but has not asked and waits for its push of step 0 instead" in of_agreement
+
+
+def test_a_push_that_crosses_an_agreement_fails_the_run_at_once() -> None:
+    """In lockstep neither can go on, however long they wait: who asks, who pushes which step, and what to do."""
+    shard = training(3)
+    close_round(shard, range(3), 0)
+    for event in (agree(1), push(0, 1), push(2, 1)):
+        assert say(shard, event) == []
+    assert failure(shard, 0.0) == (
+        "round 1 and agreement 0 of shard 0 wait for each other: worker 0 (host:0), worker 2 (host:2) pushed step 1, "
+        "worker 1 (host:1) asks for agreement 0. All must call mean() and stop() at the same place of their loop; "
+        "after a restart an enumerate() begins anew: count with session.step"
+    )
+    with pytest.raises(RoundFailedError, match="wait for each other"):
+        say(shard, agree(0))
+
+
+@pytest.mark.parametrize("mode", [QUORUM, SSP, ASYNC], ids=Consistency.describe)
+def test_where_rounds_do_not_wait_for_all_nothing_is_crossed(mode: Consistency) -> None:
+    """Who asks there is not waited for by rounds."""
+    shard = training(3, mode)
+    for event in (agree(0), push(1, 0), push(2, 0, version=0), events.Tick()):
+        assert not of(effects.Failed, say(shard, event))
+
+
+def test_only_what_is_certain_is_a_crossing() -> None:
+    """Not while somebody may still do either, is away, or has come back under another life and has not spoken."""
+    for third in (events.Disconnect(Worker(2, 1)), register(2, 2, workers=3), hello(2)):
+        shard = training(3)
+        for event in (agree(0), push(1, 0), third):
+            say(shard, event)
+        assert say(shard, events.Tick()) == []
+    shard = training(2)
+    for event in (agree(0), register(0, 2), hello(0, incarnation=2), push(1, 0)):
+        say(shard, event)
+    assert say(shard, events.Tick()) == []
+    say(shard, replace(agree(0), worker=Worker(0, 2)))
+    assert "worker 0 (host:0) asks for agreement 0" in failure(shard, 0.0)
 
 
 def test_an_agreement_waits_for_a_lease_and_is_forgotten_with_who_asked() -> None:
@@ -155,8 +193,7 @@ def test_who_is_dropped_and_who_is_let_in_are_told() -> None:
     assert "shard 0 at version 2 goes on without worker 1 (host:1), which was lost 5.0 s ago" in notice.text
     assert "after 1 steps: its lease is 5 s. Look at its log" in notice.text
     say(shard, hello(1, history_of(shard)), 7.0)
-    say(shard, push(0, 2), 7.0)
-    notice = only(effects.Notice, say(shard, events.Tick(), 7.0))
+    notice = only(effects.Notice, say(shard, push(0, 2), 7.0))
     assert notice.text == "shard 0 at version 3 lets in worker 1 (host:1), after 1 steps of its own"
     assert say(shard, events.Tick(), 7.0) == []
 
@@ -206,17 +243,24 @@ def gives_up() -> list[Effect]:
     return say(training(), events.Abort(Worker(1, 1), "no memory"))
 
 
+def crosses() -> list[Effect]:
+    shard = training()
+    for event in (agree(0), push(1, 0)):
+        say(shard, event)
+    return say(shard, events.Tick())
+
+
 def overflows() -> list[Effect]:
     shard = training()
     say(shard, push(0, 0, 3e38))
     return say(shard, push(1, 0, 3e38))
 
 
-@pytest.mark.parametrize("fail", [never_came, never_asks, never_pushes, gives_up, overflows])
+@pytest.mark.parametrize("fail", [never_came, never_asks, never_pushes, crosses, gives_up, overflows])
 def test_every_failure_says_who_where_when_and_what_to_do(fail: Callable[[], list[Effect]]) -> None:
     """Worker, shard, round or version or agreement, and the next thing to try."""
     reason = only(effects.Failed, fail()).reason
-    for said in (r"workers? \[?[01]", r"shard 0", r"(round|agreement|version) 0", r"log|lower"):
+    for said in (r"workers? \[?[01]", r"shard 0", r"(round|agreement|version) 0", r"log|lower|count"):
         assert re.search(said, reason), (said, reason)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from thresher.protos.consistency import Consistency
@@ -37,6 +38,14 @@ def unused_address() -> str:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{reserved.getsockname()[1]}"
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Return as soon as it has happened."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
 class Proxy:

@@ -23,7 +23,8 @@ from torch.utils.data import (
 from thresher.deploy.in_process import in_process
 from thresher.protos.errors import ConfigurationError
 from thresher.worker import batches
-from thresher.worker.batches import keyed_seed, seed_everything, share
+from thresher.worker.batches import keyed_batches, keyed_seed, seed_everything, share
+from thresher.worker.progress import Progress
 
 
 def loader_of(size: int, **options: Any) -> "DataLoader[Any]":
@@ -181,6 +182,28 @@ def test_data_loading_processes_of_different_ranks_draw_differently() -> None:
     assert drawn(0) == first
     assert not set(drawn(1)) & set(first)
     assert not set(drawn(0, step=1)) & set(first)
+
+
+def drawn(progress: Progress, processes: int) -> list[tuple[float, dict[str, Any]]]:
+    """What a rank's share of random samples is, and where its loop was at each."""
+    context = "fork" if processes else None
+    loader = DataLoader(Augmented(), batch_size=1, num_workers=processes, multiprocessing_context=context)
+    seen = []
+    for batch in keyed_batches(loader, progress, seed=0, rank=0, workers=2):
+        seen.append((float(batch), progress.state()))
+        progress.end_step()
+    return seen
+
+
+@pytest.mark.parametrize("processes", [0, 1, 2])
+def test_a_pass_that_is_gone_on_with_draws_what_the_whole_one_drew(processes: int) -> None:
+    """Random augmentation too, in however many processes it is drawn before and after a kill."""
+    whole = drawn(Progress(), 0)
+    killed = Progress()
+    killed.load(whole[1][1])  # in its second iteration, which is made again
+    assert len(whole) == 4
+    assert [value for value, _ in drawn(Progress(), processes)] == [value for value, _ in whole]
+    assert [value for value, _ in drawn(killed, processes)] == [value for value, _ in whole[1:]]
 
 
 def test_worker_processes_beside_open_channels() -> None:

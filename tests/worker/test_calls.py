@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from tests.worker.conversing import INCARNATION, LAYOUT, SGD, registration, unused_address
+from tests.worker.conversing import LAYOUT, SGD, registration, unused_address
 
 from thresher.deploy.in_process import in_process
 from thresher.protos.errors import (
@@ -50,10 +50,10 @@ def test_a_lost_shard_is_named_by_every_call(call: str) -> None:
     address = unused_address()
     with calling(address, 1) as calls:
         makes: dict[str, Any] = {
-            "register": lambda: calls.register(registration(), timeout=0.1),
+            "register": lambda: calls.register(registration()),
             "snapshot": lambda: calls.snapshot(0.5),
             "statistics": calls.statistics,
-            "seed": lambda: calls.seed(0, 1, b"values"),
+            "seed": lambda: calls.seed(registration(), b"values"),
             "exchange": lambda: exchanged(calls),
         }
         with pytest.raises((ConnectionTimeoutError, RoundFailedError), match=f"shard 1 at {address}"):
@@ -84,8 +84,8 @@ def test_registering_seeding_reading() -> None:
         assert not calls.register(registration()).seeded
         values = {"parameters": torch.arange(3.0)}
         data = pack_state(values, {"mean": torch.ones(2)})
-        assert calls.seed(0, INCARNATION, data)
-        assert not calls.seed(0, INCARNATION, data), "a second seed is not taken"
+        assert calls.seed(registration(), data)
+        assert not calls.seed(registration(), data), "a second seed is not taken"
         assert calls.register(registration()).seeded
         before = calls.setup_bytes
         found = calls.snapshot(wait_seconds=5.0)

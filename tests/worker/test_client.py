@@ -1,17 +1,19 @@
 """A conversation with one shard outlives its connections: nothing is lost, nothing counts twice."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from tests.worker.conversing import LAYOUT, Proxy, registration, unused_address
+from tests.worker.conversing import LAYOUT, Proxy, registration, unused_address, wait_until
 from tests.worker.training import Cluster, cluster
 from torch import Tensor, nn
 
 from thresher.deploy.in_process import in_process
 from thresher.protos import faults, timeouts
+from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConnectionTimeoutError, FencedError, ProtocolError, RoundFailedError
 from thresher.protos.snapshots import pack_state
 from thresher.v1 import aggregation_pb2 as pb
@@ -26,8 +28,8 @@ STEPS = 8
 @contextmanager
 def talking(address: str, *, incarnation: int = 7, patience: float = 5.0) -> Iterator[ShardClient]:
     """A conversation that has not begun."""
-    calls = ShardCalls(0, address, "worker 0")
-    client = ShardClient(calls, registration(incarnation=incarnation), 30.0, patience)
+    calls = ShardCalls(0, address, "worker 0", patience=patience)
+    client = ShardClient(calls, registration(incarnation=incarnation), 30.0)
     try:
         yield client
     finally:
@@ -37,7 +39,7 @@ def talking(address: str, *, incarnation: int = 7, patience: float = 5.0) -> Ite
 
 def begin(client: ShardClient) -> None:
     client.calls.register(client.registration)
-    client.calls.seed(0, client.registration.incarnation, pack_state({"parameters": torch.zeros(3)}, {}))
+    client.calls.seed(client.registration, pack_state({"parameters": torch.zeros(3)}, {}))
     client.open(PIECE, pb.History())
 
 
@@ -72,14 +74,15 @@ def test_the_older_of_two_lives_is_fenced() -> None:
             newer.push(pb.Push(step=0, version=0, skipped=True), b"")
             newer.wait()
             newer.leave(pb.Leave(), b"")
+            newer.wait_left()
 
 
 def test_a_shard_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It should speak first; where it does not, the error names both, what was said, where, and what to try."""
     monkeypatch.setattr(timeouts, "MARGIN_SECONDS", 0.0)
     with in_process(shards=1, workers=2) as served:
-        calls = ShardCalls(0, served.addresses[0], "worker 0")
-        client = ShardClient(calls, registration(workers=2), answer_timeout=0.1, patience=0.1)
+        calls = ShardCalls(0, served.addresses[0], "worker 0", patience=0.1)
+        client = ShardClient(calls, registration(workers=2), answer_timeout=0.1)
         begin(client)
         client.push(pb.Push(step=0, version=0, skipped=True), b"")
         named = r"shard 0 at \S+ has not answered worker 0 in 0 s, on {} at version 0, .* look at its log"
@@ -110,9 +113,32 @@ def test_a_shard_that_does_not_come_back() -> None:
             proxy.close()
             with pytest.raises(
                 ConnectionTimeoutError,
-                match=r"worker 0 has lost shard 0 at \S+, and not found it again in 0 s; it was at version 1",
+                match=r"worker 0 has lost shard 0 at \S+, and not found it again in 0 s; .*; it was at version 1",
             ):
                 client.wait()
+
+
+def test_streams_that_break_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is waited with longer than the one before, until one has spoken."""
+    with in_process(shards=1, workers=1) as served:
+        proxy = Proxy(served.addresses[0])
+        exchange = ShardCalls.exchange
+
+        def broken(calls: ShardCalls, requests: Iterable[pb.ExchangeRequest]) -> Iterator[pb.ExchangeResponse]:
+            responses = exchange(calls, requests)
+            proxy.cut()
+            return responses
+
+        with talking(proxy.address) as client:
+            with monkeypatch.context() as patched:
+                patched.setattr(ShardCalls, "exchange", broken)
+                begin(client)
+                wait_until(lambda: client.reconnects == 4)
+            assert next(client._pauses) == 1.6
+            client.push(pb.Push(step=0, version=0, skipped=True), b"")
+            client.wait()
+            assert next(client._pauses) == 0.1
+        proxy.close()
 
 
 # Whole runs over connections that break
@@ -150,8 +176,10 @@ def proxies(served: Cluster) -> Iterator[list[Proxy]]:
 
 def behind(between: list[Proxy], session: Session) -> Session:
     """Only rank 0's connections break."""
-    if session.rank:
-        return session
+    return session if session.rank else reached_through(between, session)
+
+
+def reached_through(between: list[Proxy], session: Session) -> Session:
     return connect(settings=replace(session._settings, addresses=tuple(proxy.address for proxy in between)))
 
 
@@ -190,3 +218,30 @@ def test_a_shard_that_cannot_be_found_for_a_while(undisturbed: Tensor) -> None:
         assert applied(served) == [[STEPS] * 2] * 2
         assert between[0].cuts >= 2
     assert all(torch.equal(weight, undisturbed) for weight in found)
+
+
+def test_a_connection_that_breaks_behind_an_update() -> None:
+    """While a worker waits for one shard it has the other's update unread: that step is not taken for the next one."""
+    pushes = iter(range(2 * STEPS))
+    with cluster(2, 1, consistency=Consistency("async")) as served, proxies(served) as between:
+
+        def strike(who: str, phase: str) -> None:
+            if phase != "in flight":
+                return
+            match next(pushes):
+                case 4:  # step 2 is on its way to the first shard, which is slow to answer
+                    between[0].hold(1.0)
+                case 5:  # and the second shard's answer has come when its connection breaks
+                    wait_until(lambda: served.statistics(1).version == 3)
+                    time.sleep(0.1)
+                    between[1].cut()
+                    time.sleep(0.4)
+                case 6:  # now what is said next to the second shard is lost on its way
+                    between[1].cut_after(0, upstream=True)
+                case _:
+                    pass
+
+        with faults.plan(strike):
+            (found,) = served.run(lambda session: train(reached_through(between, session)))
+        assert [[member.steps for member in served.statistics(shard).members] for shard in range(2)] == [[STEPS]] * 2
+        assert torch.equal(found.view(-1), torch.cat([one.state["parameters"] for one in served.snapshots()]))

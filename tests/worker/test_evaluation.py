@@ -38,3 +38,12 @@ def test_no_round_of_all_workers(consistency: Consistency) -> None:
     with pytest.raises(ConfigurationError, match=rf"in mode {consistency.describe()} workers do not wait"):
         evaluation_point("virtual", settings, ROUNDS, None, torch.zeros(1))
     assert evaluation_point("synced", settings, ROUNDS, None, torch.zeros(1)) == []
+
+
+def test_a_shadow_of_the_parameters() -> None:
+    """Workers that follow a shadow have neither x nor the mean: refused, where it would be the synced point unsaid."""
+    shadowed = Consistency(downlink="shadow", shadow_threshold=0.1)
+    settings = Settings(("a:1",), 0, 1, method=UPDATES, consistency=shadowed)
+    with pytest.raises(ConfigurationError, match="with downlink 'shadow' both stay at the shards"):
+        evaluation_point("virtual", settings, ROUNDS, None, torch.zeros(1))
+    assert evaluation_point("synced", settings, ROUNDS, None, torch.zeros(1)) == []

@@ -45,6 +45,7 @@ def test_replicas_begin_as_the_model() -> None:
         assert {shard.follower.version for shard in joined} == {0}
         for shard in joined:
             shard.client.leave(pb.Leave(), b"")
+            shard.client.wait_left()
             shard.client.close()
 
 
@@ -104,6 +105,7 @@ def test_the_largest_layout_that_is_not_refused_joins() -> None:
         (joined,) = join(settings_of(cluster.addresses), parameters, SPEC, GradientPlaced(SPEC), "")
         assert joined.follower.parameters.numel() == 303_000
         joined.client.leave(pb.Leave(), b"")
+        joined.client.wait_left()
         joined.client.close()
 
 

@@ -4,22 +4,32 @@ import pytest
 import torch
 from tests.worker.training import Scale, sgd
 
-from thresher.protos.errors import ConfigurationError
-from thresher.worker.progress import Progress, Schedule
+from thresher.protos.errors import ConfigurationError, ProtocolError
+from thresher.server import state as server_state
+from thresher.worker.progress import AGREEMENTS, Progress, Schedule
 
 
 def test_a_resumed_loop_goes_on_in_its_pass() -> None:
     """Passes that are over are not yielded, data passes that are over are empty, the one it was in goes on."""
     first = Progress()
     numbers = first.passes(4)
-    assert (next(numbers), first.begin_pass(), first.begin_pass()) == (0, True, True)
-    assert (next(numbers), first.begin_pass(), first.begin_pass()) == (1, True, True)
-    first.begin_batch()
+    for number in (0, 1):
+        assert next(numbers) == number
+        assert first.begin_pass()
+        first.end_pass()
+        assert first.begin_pass()
+        first.begin_batch()
+        if number == 0:
+            first.end_step()
+            first.end_pass()
     second = Progress()
     second.load(first.state())
     again = second.passes(4)
     assert next(again) == 1
-    assert (second.begin_pass(), second.begin_pass(), second.begin_pass()) == (False, True, True)
+    assert not second.begin_pass()
+    assert second.begin_pass()
+    second.end_pass()
+    assert second.begin_pass()
     assert list(again) == [2, 3]
 
 
@@ -36,7 +46,99 @@ def test_agreements_are_repeated_where_they_were_made() -> None:
     assert second.repeated() == {"before": 1.0}
     assert next(second.passes(3)) == 1
     assert second.repeated() == {"in": 1.0}
-    assert (second.repeated(), second.agreements) == (None, 3)
+    assert (second.repeated(), second.next_agreement()) == (None, 3)
+
+
+def in_loop(progress: Progress, steps: int, count: int = 1) -> None:
+    """One pass over data, with agreements behind each step."""
+    assert progress.begin_pass()
+    for _ in range(steps):
+        progress.begin_batch()
+        progress.end_step()
+        for _ in range(count):
+            progress.agreed({"number": float(progress.next_agreement())})
+    progress.end_pass()
+
+
+def test_agreements_of_a_loop_are_not_repeated_behind_it() -> None:
+    """The loop of a pass that is over is left out by the next life; what is asked behind it gets its own answer."""
+    first = Progress()
+    in_loop(first, 3)
+    first.agreed({"behind": 0.0})
+    assert first.begin_pass()
+    kept = first.state()
+    for _ in range(2):
+        first.begin_batch()
+        kept = first.state()
+        first.end_step()
+        first.agreed({"in": 4.0})
+    second = Progress()
+    second.load(kept)
+    assert not second.begin_pass()
+    assert (second.repeated(), second.repeated()) == ({"behind": 0.0}, None)
+    assert second.begin_pass()
+    second.begin_batch()
+    second.end_step()
+    assert (second.repeated(), second.next_agreement()) == (None, 5), "the one behind the step that is made again"
+
+
+@pytest.mark.parametrize("batches", [True, False], ids=["batches", "a loop of its own"])
+def test_what_is_kept_does_not_grow(batches: bool) -> None:
+    """An agreement with each of a thousand steps, as early stopping makes them."""
+    progress = Progress()
+    progress.agreed({"before": 1.0})
+    if batches:
+        assert progress.begin_pass()
+    for _ in range(1000):
+        if batches:
+            progress.begin_batch()
+        assert len(progress.state()["results"]) == 1
+        assert len(progress._results) <= 2
+        progress.end_step()
+        progress.agreed({"stop": 0.0})
+    assert progress.next_agreement() == 1001
+
+
+def test_more_agreements_than_the_shards_remember() -> None:
+    """A worker that is killed asks again for all since its last push began: they must not be forgotten by then."""
+    progress = Progress()
+    in_loop(progress, 2, AGREEMENTS // 2)
+    assert progress.begin_pass()
+    progress.begin_batch()
+    for _ in range(AGREEMENTS // 2):
+        progress.agreed({"number": float(progress.next_agreement())})
+    with pytest.raises(ProtocolError, match=r"64 agreements since .* step 1.*add up .* agree once"):
+        progress.next_agreement()
+    progress.end_step(pushed=False)
+    with pytest.raises(ProtocolError, match="64 agreements"):
+        progress.next_agreement()
+    progress.begin_batch()
+    progress.end_step()
+    assert progress.next_agreement() == 3 * AGREEMENTS // 2
+    assert AGREEMENTS == server_state._AGREEMENTS
+
+
+def test_a_pass_inside_another() -> None:
+    """One place cannot stand for two loops."""
+    progress = Progress()
+    assert progress.begin_pass()
+    with pytest.raises(ProtocolError, match=r"another one is open: .*evaluate with the loader itself"):
+        progress.begin_pass()
+    progress.end_pass()
+    assert progress.begin_pass()
+
+
+def test_numbered_passes_once_more() -> None:
+    """The numbers of a second loop could not be told from those of the first."""
+    progress = Progress()
+    assert list(progress.passes(2)) == [0, 1]
+    with pytest.raises(ProtocolError, match=r"passes\(4\) .*one loop"):
+        next(progress.passes(4))
+    resumed = Progress()
+    resumed.load(progress.state())
+    assert list(resumed.passes(2)) == [1]
+    with pytest.raises(ProtocolError, match="one loop"):
+        next(resumed.passes(4))
 
 
 def test_what_cannot_be_kept() -> None:

@@ -1,8 +1,10 @@
 """SIGTERM: a worker sends everything with its next step, leaves, and exits with 143; the others go on."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +25,7 @@ def usual_handler() -> Iterator[None]:
 
 def test_only_the_usual_effect_is_replaced() -> None:
     """A handler of the script's own stays, and everything is given back."""
-    termination = Termination()
+    termination = Termination(lambda _: None)
     termination.listen()
     os.kill(os.getpid(), signal.SIGTERM)
     assert termination.noticed
@@ -37,10 +39,35 @@ def test_only_the_usual_effect_is_replaced() -> None:
 
 def test_another_thread_hears_nothing() -> None:
     """Signals belong to the main thread; sessions on others work without."""
-    thread = threading.Thread(target=Termination().listen)
+    termination = Termination(lambda _: None)
+    thread = threading.Thread(target=termination.listen)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    termination.ignore()
+
+
+def test_forked_children_end_at_once() -> None:
+    """A child that was forked later has no step to finish: SIGTERM ends it, as ever."""
+    termination = Termination(lambda _: None)
+    termination.listen()
+    children = multiprocessing.get_context("fork")
+    ready = children.Event()
+
+    def sleep() -> None:
+        ready.set()
+        time.sleep(20)
+
+    child = children.Process(target=sleep)
+    child.start()
+    assert ready.wait(10)
+    child.terminate()
+    child.join(10)
+    code = child.exitcode
+    child.kill()
+    assert code == -signal.SIGTERM
+    assert not termination.noticed
+    termination.ignore()
 
 
 @pytest.mark.parametrize("skipped", [False, True], ids=["gradient", "no gradient"])

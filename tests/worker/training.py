@@ -1,7 +1,6 @@
 """What tests of workers share: a small model, shards that can be killed, and workers that can."""
 
 import asyncio
-import atexit
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +61,6 @@ class Killed(BaseException):
 def abandon(session: Session) -> None:
     """End a worker as ``kill -9`` does: its sockets and its files are closed, and nobody is told why."""
     session._closed = True
-    atexit.unregister(session._at_exit)
     session._end()
 
 

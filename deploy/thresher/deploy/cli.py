@@ -326,6 +326,9 @@ def _errors_told(console: Console) -> Iterator[None]:
     except ThresherError as error:
         console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + getattr(error, "number", -127)) from None
+    except OSError as error:  # a full disk, a folder that may not be written to
+        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def main() -> None:

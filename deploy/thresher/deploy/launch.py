@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from thresher.deploy.results import (
 from thresher.deploy.stop_signals import StopSignals
 from thresher.deploy.supervision import Supervised
 from thresher.deploy.tether import Tether
+from thresher.deploy.whole_files import write_whole
 from thresher.protos import faults
 from thresher.protos.errors import ConfigurationError, ThresherError
 from thresher.protos.timeouts import JOURNAL_SECONDS
@@ -75,7 +76,7 @@ class Launch:
     def __enter__(self) -> Self:
         """Start everything."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._begin = time.monotonic()
+        self._begin = self._heard = time.monotonic()
         self._tether = Tether()
         try:
             self._start_shards()
@@ -128,13 +129,9 @@ class Launch:
             self._clients.append(ShardCalls(shard, port.address, "the launcher"))
 
     def _wait_for_shards(self) -> None:
-        deadline = time.monotonic() + JOURNAL_SECONDS
-        while not self._is_serving():
+        while not self._all_answer():
             self._stop.pause(_POLL_SECONDS / 5)
             self._tend()
-            if time.monotonic() > deadline:
-                raise self._failure(next(shard for shard in self._shards if "address" not in shard.child.data))
-        self._poll()
 
     def _serve_command(self, shard: int, address: str) -> list[str]:
         config = self._config
@@ -196,34 +193,47 @@ class Launch:
         for shard in self._shards:
             shard.tend(now, lambda: False)
         for rank, worker in self._workers.items():
-            worker.tend(now, partial(self._has_left, rank))
+            worker.tend(now, partial(self._is_over, rank))
         failed = next((one for one in (*self._shards, *self._workers.values()) if one.has_failed), None)
         if failed is not None:
             raise self._failure(failed)
 
-    def _is_serving(self) -> bool:
-        return all("address" in shard.child.data and shard.child.code is None for shard in self._shards)
-
     def _has_left(self, rank: int) -> bool:
-        """True when a worker has said goodbye to all shards: there is nothing left for it to do."""
-        self._poll()
+        """True when a worker had said goodbye to all shards, as they were seen last: nothing is left for it to do."""
         seen = [shard.workers[rank].state for shard in self._statistics if rank < len(shard.workers)]
         return len(seen) == self._config.shards and set(seen) == {"left"}
 
+    def _is_over(self, rank: int) -> bool | None:
+        return self._has_left(rank) if self._all_answer() else None
+
     # Looking
 
-    def _poll(self) -> None:
-        """Ask every shard how it stands; one that does not answer is seen as it was."""
-        if not self._is_serving():
-            return
+    def _poll(self) -> Supervised | None:
+        """Ask every shard how it stands. Return one that does not answer: then all are seen as they were."""
+        for shard in self._shards:
+            if "address" not in shard.child.data or shard.child.code is not None:
+                return shard
         fresh: list[pb.StatisticsResponse] = []
-        for client in self._clients:
+        for shard, client in zip(self._shards, self._clients, strict=True):
             try:
                 fresh.append(client.statistics(timeout=_NOTICE_SECONDS))
             except ThresherError:
-                return
-        self._statistics = fresh
+                return shard
+        self._statistics, self._heard = fresh, time.monotonic()
         self._write_targets()
+        return None
+
+    def _all_answer(self) -> bool:
+        """True when all shards are seen as they are, and not as they were: what is irrevocable is decided only then.
+
+        Raises:
+            RunFailedError: when one is silent for longer than its restart and its journal may take.
+        """
+        silent = self._poll()
+        waited = time.monotonic() - self._heard
+        if silent is not None and waited > self._config.longest_pause + JOURNAL_SECONDS:
+            raise self._failure(silent, f"it has not answered for {waited:.0f} s")
+        return silent is None
 
     def _picture(self) -> Picture:
         printed = [self._printed(rank) for rank in range(self._config.workers)]
@@ -247,13 +257,12 @@ class Launch:
         text = json.dumps(document)
         path = self._folder / "targets.json"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            beside = path.with_suffix(".new")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+            with suppress(OSError):  # a full disk: tried again the next time
+                write_whole(path, text)
 
     # Ends
 
-    def _failure(self, failed: Supervised) -> RunFailedError:
+    def _failure(self, failed: Supervised, why: str = "") -> RunFailedError:
         """Wait for the others to end by themselves and say what they saw; then describe what happened."""
         begin = time.monotonic()
         while any(worker.child.code is None for worker in self._workers.values()):
@@ -264,10 +273,11 @@ class Launch:
             if waited > (_GOODBYE_SECONDS if told else _NOTICE_SECONDS):
                 break
         cause = self._cause() or failed
+        how = (cause is failed and why) or cause.ending()
         everybody = (*self._shards, *self._workers.values())
         report = "\n  ".join(f"{one.name}: {one.ending()} ({one.child.log})" for one in everybody)
         return RunFailedError(
-            f"{cause.name} failed: {cause.ending()}\n  {report}\nend of {cause.child.log}:\n{cause.child.last_lines()}"
+            f"{cause.name} failed: {how}\n  {report}\nend of {cause.child.log}:\n{cause.child.last_lines()}"
         )
 
     def _cause(self) -> Supervised | None:
@@ -279,9 +289,8 @@ class Launch:
 
     def _is_saved(self) -> bool:
         """Once all workers are done, leave model, optimizer state and per-iteration file in the run's folder."""
-        if not all(worker.is_done for worker in self._workers.values()) or not self._is_serving():
+        if not all(worker.is_done for worker in self._workers.values()) or not self._all_answer():
             return False
-        self._poll()
         if not all(shard.version for shard in self._statistics):
             raise RunFailedError(
                 f"all workers ended well, but none made a step: does {self._config.command[0]} call connect() and "
@@ -291,10 +300,11 @@ class Launch:
             snapshots = [client.snapshot(wait_seconds=_GOODBYE_SECONDS) for client in self._clients]
         except ShardLostError:
             return False  # it was killed just now, and comes back
-        save_model(self._folder / "model.safetensors", snapshots)
+        lockstep = self._config.consistency.lockstep
+        save_model(self._folder / "model.safetensors", snapshots, lockstep=lockstep)
         save_optimizer(self._folder / "optimizer.safetensors", snapshots)
         parts = [self._folder / f"shard-{shard}.iterations.jsonl" for shard in range(self._config.shards)]
-        merge_iterations(parts, self._folder / "iterations.jsonl")
+        merge_iterations(parts, self._folder / "iterations.jsonl", lockstep=lockstep)
         return True
 
 

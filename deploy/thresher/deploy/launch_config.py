@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, final, get_args
 
+from thresher.deploy.whole_files import write_whole
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.timeouts import (
@@ -127,7 +128,7 @@ class LaunchConfig:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:

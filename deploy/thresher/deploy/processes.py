@@ -92,9 +92,16 @@ class Child:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _read(self) -> None:
+        missing = 0
         with self._output, self.log.open("ab", buffering=0) as log:
             for line in self._output:
-                log.write(line)
+                try:
+                    if missing:
+                        log.write(b"[%d lines are missing here: the disk was full]\n" % missing)
+                        missing = 0
+                    log.write(line)
+                except OSError:  # who stopped reading would end the child, at the next line that it prints
+                    missing += 1
                 if line.startswith(b"{"):
                     self._take(line)
 

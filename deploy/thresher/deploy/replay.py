@@ -209,7 +209,11 @@ class Replay:
         return [shard.verify() for shard in self._shards]
 
     def model(self, version: int) -> dict[str, Tensor]:
-        """Return the model that the workers saw at a version. Its buffers are those that rank 0 began, or left, with.
+        """Return the model at a version: of all shards after so many updates of each.
+
+        In lockstep that is what the workers saw. Elsewhere each shard closes rounds for itself: no worker need have
+        seen this model, and what a shard closed after the last version of another one is not in it. Buffers are those
+        that rank 0 began, or left, with.
 
         Raises:
             ConfigurationError: when that version is not kept; the message lists those that are.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thresher.deploy.whole_files import write_whole
 from thresher.protos.accounting import compression_ratio, dense_bytes
 from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.protos.layout import Layout
@@ -30,7 +32,8 @@ class RunResult:
     Attributes:
         accuracy: As the script printed it last, of rank 0; None when it printed none.
         loss: Likewise.
-        steps: Rounds closed.
+        steps: Rounds closed; by the shard that closed most, where shards close rounds for themselves.
+        versions: Rounds closed by each shard.
         push_bytes: Bytes of exchange messages from workers to shards.
         pull_bytes: Bytes of exchange messages from shards to workers.
         dense_bytes: What the same pushes and updates would be as dense float32, both directions, without framing.
@@ -42,6 +45,7 @@ class RunResult:
     accuracy: float | None
     loss: float | None
     steps: int
+    versions: list[int]
     push_bytes: int
     pull_bytes: int
     dense_bytes: int
@@ -56,10 +60,12 @@ def summarize(statistics: Sequence[pb.StatisticsResponse], printed: Mapping[str,
     push = sum(worker.push_bytes for _, worker in workers)
     pull = sum(worker.pull_bytes for _, worker in workers)
     pushable = sum(worker.pushable_elements for _, worker in workers)
+    versions = [shard.version for shard in statistics]
     return RunResult(
         accuracy=_printed_number(printed, "accuracy"),
         loss=_printed_number(printed, "loss"),
-        steps=max(shard.version for shard in statistics),
+        steps=max(versions),
+        versions=versions,
         push_bytes=push,
         pull_bytes=pull,
         dense_bytes=dense_bytes(pushable),
@@ -72,7 +78,7 @@ def summarize(statistics: Sequence[pb.StatisticsResponse], printed: Mapping[str,
 def write_results(path: Path, results: Mapping[str, RunResult], **facts: int) -> None:
     """Write ``result.json``: one object per run, and the facts they share."""
     document = {**{name: asdict(result) for name, result in results.items()}, **facts}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=2) + "\n")
 
 
 def read_results(path: Path) -> dict[str, RunResult]:
@@ -97,7 +103,7 @@ def results_table(results: Mapping[str, RunResult]) -> Table:
     rows: list[tuple[str, list[str]]] = [
         ("test accuracy", [_number(r.accuracy, ".2%") for r in results.values()]),
         ("loss", [_number(r.loss, ".4f") for r in results.values()]),
-        ("steps", [str(r.steps) for r in results.values()]),
+        ("steps", [_span(r.versions) for r in results.values()]),
         ("bytes pushed", [bytes_text(r.push_bytes) for r in results.values()]),
         ("bytes pulled", [bytes_text(r.pull_bytes) for r in results.values()]),
         ("mean density", [f"{r.mean_density:.2%}" for r in results.values()]),
@@ -143,24 +149,28 @@ def read_bytes(text: str) -> int:
     return count
 
 
-def merge_iterations(parts: Iterable[Path], whole: Path) -> None:
-    """Fold the shards' per-iteration files into one with a row per round of the whole model.
+def merge_iterations(parts: Iterable[Path], whole: Path, *, lockstep: bool) -> None:
+    """Fold the shards' per-iteration files into one, in order of versions.
 
-    Counts add up over shards, the squared residual norm too; times are those of the slowest shard.
+    In lockstep it has a row per round of the whole model: counts add up over shards, the squared residual norm too;
+    times are those of the slowest shard. Elsewhere shards close rounds for themselves, and those of one version need
+    not be of the same pushes: the file has a row per round of each shard, with its ``shard``.
     """
     rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-    rows.sort(key=lambda row: row["version"])
+    keys = ("version",) if lockstep else ("version", "shard")
+    key = itemgetter(*keys)
+    rows.sort(key=key)
     with whole.open("w", encoding="utf-8") as file:
-        for _, group in groupby(rows, key=lambda row: row["version"]):
-            file.write(json.dumps(_merged(list(group))) + "\n")
+        for _, group in groupby(rows, key=key):
+            file.write(json.dumps(_merged(list(group), keys)) + "\n")
 
 
-def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _merged(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
     first = rows[0]
     numel = sum(row["numel"] for row in rows)
     summed = ("push_bytes", "pull_bytes", "pushed_elements", "update_elements", "residual_squared")
     total = {name: sum(row[name] for row in rows) for name in summed}
-    shared = ("version", "members", "contributors", "skipped", "only_mean", "threshold", "learning_rate")
+    shared = (*keys, "members", "contributors", "skipped", "only_mean", "threshold", "learning_rate")
     return {
         "time": max(row["time"] for row in rows),
         **{name: first[name] for name in shared},
@@ -173,25 +183,43 @@ def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def save_model(path: Path, snapshots: Sequence[Snapshot]) -> None:
+def save_model(path: Path, snapshots: Sequence[Snapshot], *, lockstep: bool) -> None:
     """Write the model that the workers see, whole, as safetensors: ``model.load_state_dict`` takes it.
 
+    Outside of lockstep each shard closes rounds, and returns pushes, for itself: there a model is a vector of versions.
+    The file's metadata has them as ``versions``, by shard.
+
+    Args:
+        path: Where it goes.
+        snapshots: Of all shards, when nobody pushes any more.
+        lockstep: As `Consistency.lockstep` of the run.
+
     Raises:
-        ProtocolError: when the shards are not at one version.
+        ProtocolError: in lockstep, when the shards are not at one version.
     """
     versions = {snapshot.version for snapshot in snapshots}
-    if len(versions) != 1:
-        raise ProtocolError(f"the shards are at versions {sorted(versions)}; a model is whole at one version only")
+    if lockstep and len(versions) != 1:
+        raise ProtocolError(
+            f"the shards are at versions {sorted(versions)}; in lockstep a model is whole at one version only"
+        )
     untrained = {name: value for snapshot in snapshots for name, value in snapshot.untrained.items()}
     parameters = torch.cat([snapshot.visible for snapshot in snapshots])
-    save_file(model_tensors(snapshots[0].layout, parameters, untrained), path)
+    save_file(model_tensors(snapshots[0].layout, parameters, untrained), path, _versions_of(snapshots))
 
 
 def save_optimizer(path: Path, snapshots: Sequence[Snapshot]) -> None:
-    """Write the optimizer state that the shards hold, whole: ``<parameter>/<key>``, as safetensors."""
+    """Write the optimizer state that the shards hold, whole: ``<parameter>/<key>``, as safetensors.
+
+    The file's metadata has the shards' ``versions``, as that of the model.
+    """
     layout = snapshots[0].layout
     whole = whole_optimizer_state(layout, [snapshot.state for snapshot in snapshots])
-    save_file({f"{layout.trained[tensor].name}/{key}": value for (tensor, key), value in whole.items()}, path)
+    named = {f"{layout.trained[tensor].name}/{key}": value for (tensor, key), value in whole.items()}
+    save_file(named, path, _versions_of(snapshots))
+
+
+def _versions_of(snapshots: Sequence[Snapshot]) -> dict[str, str]:
+    return {"versions": json.dumps([snapshot.version for snapshot in snapshots])}
 
 
 def model_tensors(layout: Layout, parameters: Tensor, untrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -222,3 +250,8 @@ def _printed_number(printed: Mapping[str, Any], key: str) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least} … {most}"

@@ -64,12 +64,13 @@ class Supervised:
             return False
         return code >= 0 or (self._due is None and self.restarts >= self._limit)
 
-    def tend(self, now: float, is_over: Callable[[], bool]) -> None:
+    def tend(self, now: float, is_over: Callable[[], bool | None]) -> None:
         """Begin another life, if a signal ended the last one and the pause is over.
 
         Args:
             now: Seconds, from any origin.
-            is_over: Asked before that: True when nothing is left for another life to do.
+            is_over: Asked before that: True when nothing is left for another life to do; None when that cannot be known
+                yet, and then the next call asks again.
         """
         code = self.child.code
         if code is None or code >= 0 or self._over or self.has_failed:
@@ -80,8 +81,11 @@ class Supervised:
             _logger.warning("%s: %s; started again in %.1f s", self.name, self.child.ending(), pause)
         if now < self._due:
             return
+        over = is_over()
+        if over is None:
+            return
         self.child.finish()
-        if is_over():
+        if over:
             self._over = True
             _logger.warning("%s had left the run: it is not started again", self.name)
             return

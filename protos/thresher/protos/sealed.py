@@ -60,15 +60,21 @@ def sealed(update: Update, previous: bytes) -> SealedUpdate:
     return SealedUpdate(replace(update, digest=body.digest), body, frame)
 
 
-def with_assignments(newest: SealedUpdate, assignments: SparseGradient, versions: int) -> SealedUpdate:
+def with_assignments(
+    newest: SealedUpdate, assignments: SparseGradient, versions: int, membership: Membership | None
+) -> SealedUpdate:
     """Return the newest update as workers that copy a shadow are told of it.
 
     Args:
         newest: Its mean stays at the shard.
         assignments: New values of the shadow since the reader's version.
         versions: How many versions they span.
+        membership: Who belongs to the run now, whichever of these versions changed it; None from other than the first
+            shard.
     """
-    update = replace(newest.update, mean=None, assignments=assignments, assigned_versions=versions)
+    update = replace(
+        newest.update, mean=None, assignments=assignments, assigned_versions=versions, membership=membership
+    )
     body = _message(update)
     body.digest = update.digest
     return SealedUpdate(update, body, encode(assignments))

@@ -43,7 +43,7 @@ class Update:
         push_bytes: In how many bytes of exchange messages.
         arrivals: Rank and step of every push in the round, heard or skipped; empty in lockstep, where all members push.
         digest: Of the shard's history up to here (`thresher.protos.sealed`).
-        membership: Who belongs to the run from now on, where that has changed.
+        membership: Who belongs to the run from now on, where that has changed; with assignments always (first shard).
         assignments: New values of the shadow, for workers that copy it; ``mean`` stays at the shard then.
         assigned_versions: How many versions they span.
     """

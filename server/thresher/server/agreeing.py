@@ -1,11 +1,11 @@
 """Numbers on which the members agree outside of rounds: means of metrics, and whether to stop."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import final
 
 from thresher.protos.errors import ProtocolError
-from thresher.server.events import Agree
+from thresher.server.events import Agree, Worker
 from thresher.server.facts import Agreed
 
 
@@ -38,7 +38,7 @@ class OpenAgreement:
 
     def __init__(self) -> None:
         """Begin with nothing said."""
-        self._said: dict[int, Mapping[str, float]] = {}
+        self._said: dict[int, Agree] = {}
         self.since = math.inf
 
     def hear(self, asked: Agree) -> None:
@@ -47,23 +47,36 @@ class OpenAgreement:
         Raises:
             ProtocolError: when another member speaks of other names.
         """
-        for rank, values in self._said.items():
-            if set(values) != set(asked.values):
+        for rank, other in self._said.items():
+            if set(other.values) != set(asked.values):
                 raise ProtocolError(
                     f"worker {asked.worker.rank} wants to agree on {sorted(asked.values)}, worker {rank} on "
-                    f"{sorted(values)}: all must ask alike"
+                    f"{sorted(other.values)}: all must ask alike"
                 )
-        self._said[asked.worker.rank] = asked.values
+        self._said[asked.worker.rank] = asked
 
     def asks(self, rank: int) -> bool:
         """Return True for a member that waits for the others to speak: it cannot push meanwhile."""
         return rank in self._said
 
+    def is_asked_by(self, worker: Worker) -> bool:
+        """Return True for a worker that waits in this life; an earlier one of its rank may have asked, too."""
+        return worker.rank in self._said and self._said[worker.rank].worker == worker
+
     def conclude(self, ranks: Collection[int], number: int, now: float) -> Agreed | None:
         """Return the mean over ``ranks`` once all have spoken, and begin anew."""
-        said = [values for rank, values in sorted(self._said.items()) if rank in ranks]
+        said = [asked.values for rank, asked in sorted(self._said.items()) if rank in ranks]
         self.since = min(self.since, now) if said else math.inf
         if not said or len(said) < len(ranks):
             return None
+        agreed = Agreed(number, {name: _mean([values[name] for values in said]) for name in said[0]})
         self._said, self.since = {}, math.inf
-        return Agreed(number, {name: math.fsum(values[name] for values in said) / len(said) for name in said[0]})
+        return agreed
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean, of an exact sum; NaN where there is none, as of inf and -inf, or where float64 is too small."""
+    try:
+        return math.fsum(values) / len(values)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -61,6 +61,9 @@ class Engine:
         record: Takes each row of the per-iteration file.
         journal: Where records and checkpoints go; None keeps everything in memory only.
         patience: Seconds for which a journal that cannot be written pauses the run before it fails.
+
+    Attributes:
+        changes: How often what the shard keeps has changed: as long as it is the same, so is the shard's state.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         self._ended = False
         self._ending = threading.Event()
         self._told_failure = ""  # of a checkpoint
+        self.changes = 0
 
     def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber) -> None:
         """Begin to take events; answers and effects are delivered on ``loop``."""
@@ -150,26 +154,55 @@ class Engine:
 
     def _tick(self) -> None:
         try:
-            self._perform(self._shard.handle(events.Tick(), time.monotonic()))
+            self._handle(events.Tick())
             self._tell_of_checkpoint()
         except RoundFailedError:
-            pass  # the journal could not be written, which was told
-        except Exception:  # a bug: the thread must live, or every worker would wait for ever
-            _logger.exception("the shard could not handle the passing of time")
+            pass  # all were told
+        except ThresherError as error:  # nobody is there to hear that time was refused
+            self._bug(events.Tick(), error)
 
     def _take(self, event: Event, answer: Answer) -> None:
         try:
-            done = self._shard.handle(event, time.monotonic())
-            if isinstance(event, events.Push):
-                reached(self._name, "round open")
-            self._perform(done)
+            done = self._handle(event)
         except ThresherError as error:
-            self._tell(answer, error)
-        except Exception as error:  # a bug: the sender must hear of it, and the thread must live to say so
-            _logger.exception("the shard could not handle %s", type(event).__name__)
             self._tell(answer, error)
         else:
             self._tell(answer, done)
+
+    def _handle(self, event: Event) -> list[Effect]:
+        """Hand an event to the shard and do what follows.
+
+        Raises:
+            ThresherError: as the shard raised it; the event changed nothing.
+            RoundFailedError: after a bug. Memory may be ahead of the journal then, and nothing may be built on that:
+                the run has failed, and all that anybody was told is in the journal.
+        """
+        try:
+            done = self._shard.handle(event, time.monotonic())
+        except ThresherError:
+            raise
+        except Exception as error:
+            raise self._bug(event, error) from error
+        try:
+            if isinstance(event, events.Push):
+                reached(self._name, "round open")
+            self._perform(done)
+        except RoundFailedError:
+            raise
+        except Exception as error:
+            raise self._bug(event, error) from error
+        return done
+
+    def _bug(self, event: Event, error: Exception) -> RoundFailedError:
+        """Let the run fail for an error that nobody expected, and return what its sender hears."""
+        what = f"{self._name} could not handle {type(event).__name__}: {type(error).__name__}: {error}"
+        _logger.error("%s", what, exc_info=error)
+        return self._failed(f"{what}; this is a bug, see the shard's log, and start it again from its state folder")
+
+    def _failed(self, reason: str) -> RoundFailedError:
+        """Let the run fail, tell everybody, and return what to raise."""
+        self._perform(self._shard.handle(events.Fail(reason), time.monotonic()))
+        return RoundFailedError(reason)
 
     def _perform(self, done: list[Effect]) -> None:
         """Do what the shard wants done; answers to the sender are left to the sender.
@@ -177,6 +210,7 @@ class Engine:
         Counters are renewed first: who hears of something and then asks for them finds it counted.
         """
         self._statistics = self._shard.statistics()
+        self.changes += sum(isinstance(effect, effects.Append | effects.Checkpoint) for effect in done)
         for effect in done:
             match effect:
                 case effects.Append(record):
@@ -253,8 +287,7 @@ class Engine:
                 if left > 0 and not self._ending.wait(min(_PAUSE_SECONDS, left)):
                     continue
                 reason = f"{self._name} gave up after {self._patience - left:.0f} s of trying to write: {error}"
-                self._perform(self._shard.handle(events.Fail(reason), time.monotonic()))
-                raise RoundFailedError(reason) from error
+                raise self._failed(reason) from error
             if paused:
                 _logger.warning("%s goes on after %.0f s", self._name, time.monotonic() - begin)
             return

@@ -89,7 +89,7 @@ class Feed:
             return self._log.since(version)
         if newest is None or version == self._state.version:
             return ()
-        return (with_assignments(newest.sealed, shadow.since(version), self._state.version - version),)
+        return (self._assigned(newest.sealed, shadow.since(version), self._state.version - version),)
 
     def publish(self, newest: SealedUpdate) -> list[Publish]:
         """Take the newest update, and say who is told what of it.
@@ -108,9 +108,14 @@ class Feed:
                 by_version.setdefault(member.told, []).append(member.rank)
                 member.told = version
         return [
-            Publish(with_assignments(newest, _assignments(state.shadow, told), version - told), tuple(ranks))
+            Publish(self._assigned(newest, _assignments(state.shadow, told), version - told), tuple(ranks))
             for told, ranks in by_version.items()
         ]
+
+    def _assigned(self, newest: SealedUpdate, assignments: SparseGradient, versions: int) -> SealedUpdate:
+        """Say with them who belongs to the run: what was said of that in between is not told on its own."""
+        membership = self._state.members.membership if self._state.decides else None
+        return with_assignments(newest, assignments, versions, membership)
 
     def again(self, push: Push) -> list[Publish]:
         """Return the mean of the newest round, where it is what a repeated push wanted: nothing else remembers it."""
@@ -121,7 +126,8 @@ class Feed:
 
     def pin(self, now: float) -> None:
         """Keep what follows the newest version: somebody takes a snapshot of it, and will ask for the rest."""
-        self._pins.append((self._state.version, now + _PIN_SECONDS))
+        version = self._state.version
+        self._pins = [pin for pin in self._pins if pin[0] != version] + [(version, now + _PIN_SECONDS)]
 
     def cut(self, now: float) -> None:
         """Forget what all members are known to have, and nobody with a snapshot will ask for."""

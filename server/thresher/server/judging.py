@@ -10,7 +10,9 @@ from thresher.server.state import RunState
 
 
 def judge(push: Push, member: Member, state: RunState, waiting: Push | None, others: Iterable[Push]) -> Judged | None:
-    """Return why a push changes nothing (DUPLICATE, REJECTED, or RETURNED again); None for one that is new and right.
+    """Return why a push changes nothing: it is refused, or repeated; None for one that is new and right.
+
+    One that waits for its verdict is DUPLICATE; one that has it is told it once more, whoever missed it goes on then.
 
     Args:
         push: What came.
@@ -25,7 +27,9 @@ def judge(push: Push, member: Member, state: RunState, waiting: Push | None, oth
     known = _judge_identity(push, member, waiting)
     if known is not None:
         return known
-    reason = _misplaced(push, member, state) or _malformed(push, member, state) or _disagreement(push, member, others)
+    reason = _misplaced(push, member, state) or _malformed(push, member, state)
+    if not reason and not returned(push, member, state):  # what goes back to its worker meets nobody else's push
+        reason = _disagreement(push, member, others)
     return Judged(push.step, Verdict.REJECTED, reason) if reason else None
 
 
@@ -44,13 +48,12 @@ def returned(push: Push, member: Member, state: RunState) -> str:
 
 def _judge_identity(push: Push, member: Member, waiting: Push | None) -> Judged | None:
     conflict = f"{member} pushed step {push.step} before, with other content"
+    if push.step < member.settled - 1:  # its worker has gone on since; what it was is not known any more
+        return Judged(push.step, Verdict.APPLIED)
     if push.step < member.settled:
-        if push.step < member.settled - 1 or push.lost or not member.content:
-            return Judged(push.step, Verdict.DUPLICATE)
-        if push.content != member.content:
+        if member.content and not push.lost and push.content != member.content:
             return Judged(push.step, Verdict.REJECTED, conflict)
-        again = Verdict.RETURNED if member.verdict is Verdict.RETURNED else Verdict.DUPLICATE
-        return Judged(push.step, again)
+        return Judged(push.step, member.verdict)
     if waiting is None:
         return None
     if push.step == waiting.step and (push.lost or push.content == waiting.content):
@@ -59,9 +62,13 @@ def _judge_identity(push: Push, member: Member, waiting: Push | None) -> Judged 
 
 
 def _misplaced(push: Push, member: Member, state: RunState) -> str:
-    """Return why a push does not follow the one before it."""
+    """Return why a push does not follow the one before it.
+
+    In lockstep its version is its step; but a worker that was cut from this shard only has followed rounds that were
+    closed without it here, while the others still wait for it elsewhere.
+    """
     version, lockstep = state.version, state.consistency.lockstep
-    if push.version > version or (lockstep and (push.step > version or push.version != push.step)):
+    if push.version > version or (lockstep and push.version < push.step):
         return f"{member} pushed step {push.step} of version {push.version}; round {version} is open"
     if not lockstep and push.step != member.settled:
         return f"{member} pushed step {push.step}; its step {member.settled} is next"

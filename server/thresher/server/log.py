@@ -63,4 +63,5 @@ def _memory_bytes(sealed: SealedUpdate) -> int:
     if mean is None:
         return _RECORD_BYTES
     dense = mean.count == mean.numel  # dense gradients share their indices
-    return _RECORD_BYTES + len(sealed.frame) + mean.values.nbytes + (0 if dense else mean.indices.nbytes)
+    frames = 2 * len(sealed.frame)  # its messages hold it again, from the first time that it is told
+    return _RECORD_BYTES + frames + mean.values.nbytes + (0 if dense else mean.indices.nbytes)

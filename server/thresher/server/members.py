@@ -8,7 +8,7 @@ from typing import Final, final
 
 from thresher.protos.errors import FencedError, ProtocolError, RegistrationError
 from thresher.protos.update import Membership
-from thresher.server.events import Register, Verdict, Worker
+from thresher.server.events import Leave, Register, Verdict, Worker
 from thresher.server.statistics import MemberStatistics
 
 MOST_RANKS: Final = 65_536
@@ -81,6 +81,15 @@ class Member:
         """Book the verdict on a push."""
         self.settled, self.content, self.verdict = step + 1, content, verdict
 
+    def miscounted(self, leave: Leave) -> str:
+        """Say how its own count of the exchange differs from the shard's; empty where it does not, or cannot know."""
+        if not leave.counted or (leave.push_bytes, leave.pull_bytes) == (self.push_bytes, self.pull_bytes):
+            return ""
+        return (
+            f"{self} counts {leave.push_bytes} bytes pushed and {leave.pull_bytes} pulled, "
+            f"this shard {self.push_bytes} and {self.pull_bytes}"
+        )
+
     def statistics(self) -> MemberStatistics:
         """Return a frozen picture of the member."""
         return MemberStatistics(
@@ -149,6 +158,14 @@ class Members:
         """Return those for whose pushes a round waits, by rank."""
         return [member for member in self.counted if not member.absent(now, lease)]
 
+    def miss(self, now: float) -> None:
+        """Begin the lease of every member that is not here: it has been here before, and has to come back."""
+        for member in self.counted:
+            if member.state is MemberState.WAITED_FOR:
+                member.state = MemberState.LOST
+            if member.state is not MemberState.EXCHANGING:
+                member.lost_at = min(member.lost_at, now)
+
     @property
     def complete(self) -> bool:
         """True once every member has come and opened its stream."""
@@ -187,10 +204,16 @@ class Members:
             seat.head_start += max(0, slowest - seat.pace)
         self.membership = Membership(membership.epoch, here)
 
-    def dismiss(self, rank: int) -> None:
-        """Let a rank belong to the run no more; which epoch that is, the first shard says."""
-        left = tuple(other for other in self.membership.ranks if other != rank)
-        self.membership = Membership(self.membership.epoch, left)
+    def dismiss(self, rank: int, *, decides: bool) -> None:
+        """Let a rank belong to the run no more.
+
+        Args:
+            rank: Of a worker that leaves.
+            decides: This is the first shard, which says which epoch that is; the others go on in the one they know.
+        """
+        if rank in self.membership.ranks:
+            left = tuple(other for other in self.membership.ranks if other != rank)
+            self.membership = Membership(self.membership.epoch + decides, left)
 
     def known(self, worker: Worker) -> Member:
         """Return the record of a worker that has registered and has not been replaced.

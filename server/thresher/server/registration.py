@@ -1,8 +1,12 @@
 """What a worker must agree on with this shard, and with the worker that registered first. Nothing here changes."""
 
-import torch
+from collections.abc import Mapping
 
-from thresher.protos.errors import LayoutError, OptimizerError, RegistrationError
+import torch
+from torch import Tensor
+
+from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError, RegistrationError
+from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.server.events import Register
 
@@ -30,6 +34,36 @@ def check_registration(request: Register, first: Register | None, shard: int, sh
         _check_optimizer(request)
     else:
         _check_agreement(request, first)
+
+
+def check_bringer(rank: int, shard: int) -> None:
+    """Refuse the buffers of a leave, unless they come from rank 0 to the first shard. Raises ProtocolError."""
+    if rank or shard:
+        raise ProtocolError(f"buffers come from rank 0 to the first shard, not from worker {rank} to shard {shard}")
+
+
+def check_untrained(untrained: Mapping[str, Tensor], layout: Layout, shard: int, rank: int) -> None:
+    """Refuse tensors that are not among the untrained ones of the model, which the first shard keeps.
+
+    A worker that joins copies them into its model: one that does not fit would break every later join.
+
+    Args:
+        untrained: By name; some may be missing.
+        layout: As it was registered.
+        shard: Position of this shard.
+        rank: Of the worker that brings them.
+
+    Raises:
+        ProtocolError: when one has another name, shape or dtype.
+    """
+    kept = {(spec.name, spec.shape, spec.dtype) for spec in layout.untrained} if shard == 0 else set()
+    for name, value in untrained.items():
+        brought = TensorSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if (brought.name, brought.shape, brought.dtype) not in kept:
+            raise ProtocolError(
+                f"worker {rank} brings {brought}, which is none of the {len(kept)} untrained tensors that shard "
+                f"{shard} keeps; a buffer has to have the name, shape and dtype that it had at wrap()"
+            )
 
 
 def _check_agreement(request: Register, first: Register) -> None:

@@ -2,44 +2,36 @@
 
 import asyncio
 import logging
-from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from itertools import accumulate
-from typing import Any, Final, TypeVar, cast, final
-from urllib.parse import quote
+from typing import Final, TypeVar, cast, final
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from thresher.protos.codec import decode
 from thresher.protos.errors import (
     BehindError,
-    ConfigurationError,
-    DataLossError,
     FencedError,
     FrameError,
-    LayoutError,
-    LostHistoryError,
-    OptimizerError,
     ProtocolError,
-    RegistrationError,
     RoundFailedError,
     ThresherError,
 )
 from thresher.protos.layout import Layout, Slice
 from thresher.protos.messages import Payload, payload_bound
 from thresher.protos.sealed import SealedUpdate
-from thresher.protos.snapshots import pack_state, state_bytes_bound, unpack_state
+from thresher.protos.snapshots import state_bytes_bound, unpack_state
 from thresher.protos.sparse import SparseGradient
-from thresher.protos.transport import ERROR_NAME
 from thresher.server import effects, events
 from thresher.server.config import ShardConfig
+from thresher.server.copies import Copies
 from thresher.server.effects import Effect
 from thresher.server.engine import Engine
 from thresher.server.events import Worker
 from thresher.server.facts import Agreed
-from thresher.server.stream import Stream, UnreadError
+from thresher.server.refusals import Context, answered, refuse
+from thresher.server.registration import check_bringer, check_untrained
+from thresher.server.stream import Stream
 from thresher.server.translation import (
     agreed_to_message,
     hello_from_message,
@@ -57,24 +49,8 @@ from thresher.v1.aggregation_pb2_grpc import AggregationServiceServicer
 
 _logger = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
-_CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
-    FrameError: grpc.StatusCode.INVALID_ARGUMENT,
-    OptimizerError: grpc.StatusCode.INVALID_ARGUMENT,
-    ConfigurationError: grpc.StatusCode.INVALID_ARGUMENT,
-    LayoutError: grpc.StatusCode.FAILED_PRECONDITION,
-    RegistrationError: grpc.StatusCode.FAILED_PRECONDITION,
-    ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
-    FencedError: grpc.StatusCode.FAILED_PRECONDITION,
-    BehindError: grpc.StatusCode.OUT_OF_RANGE,
-    UnreadError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    LostHistoryError: grpc.StatusCode.DATA_LOSS,
-    DataLossError: grpc.StatusCode.DATA_LOSS,
-    RoundFailedError: grpc.StatusCode.ABORTED,
-}
-_DETAILS_BYTES: Final = 6000  # of the 8 KiB that gRPC takes as metadata
 _OFF_LOOP_BYTES: Final = 1 << 16  # a larger frame is decoded on another thread, so that the loop stays responsive
 
 
@@ -91,12 +67,14 @@ class AggregationServicer(AggregationServiceServicer):
         """Begin without streams."""
         self._engine = engine
         self._config = config
+        self._copies = Copies(engine)
         self._streams: set[Stream] = set()
         self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
         self._greeting: tuple[int, Stream] | None = None  # whose hello the shard has not answered yet, and may refuse
         self._turn = asyncio.Lock()  # or a stream that ends would take that of a worker that just came back for lost
+        self._layout: Layout | None = None
         self._slice: Slice | None = None
-        self._payload_bound = self._state_bound = 0
+        self._payload_bound = self._state_bound = self._buffers_bound = 0
         self._settled = asyncio.Event()  # seeded, or failed before that
         self.on_failure: Callable[[], None] = lambda: None
 
@@ -139,17 +117,21 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announce a worker."""
-        return await _answered(self._register(request), context) or pb.RegisterResponse()
+        return await answered(self._register(request), context) or pb.RegisterResponse()
 
     async def Seed(self, request_iterator: AsyncIterator[pb.SeedRequest], context: Context) -> pb.SeedResponse:
         """Take the starting values, or a replica for those that were lost."""
-        return await _answered(self._seed(request_iterator), context) or pb.SeedResponse()
+        return await answered(self._seed(request_iterator), context) or pb.SeedResponse()
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotResponse]:
         """Read the shard's state."""
-        state = await _answered(self._read_state(request.wait_seconds), context)
-        for message in () if state is None else snapshot_to_messages(*state):
-            yield message
+        try:
+            await self._seeded(request.wait_seconds)
+            async with self._copies.read() as (snapshot, data):
+                for message in snapshot_to_messages(snapshot, data):
+                    yield message
+        except ThresherError as error:
+            refuse(context, error)
 
     async def Exchange(
         self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
@@ -163,7 +145,7 @@ class AggregationServicer(AggregationServiceServicer):
                 async for message in messages:
                     yield message
             if stream.refusal is not None:
-                _refuse(context, stream.refusal)
+                refuse(context, stream.refusal)
         finally:
             stream.end()
             self._streams.discard(stream)
@@ -184,8 +166,8 @@ class AggregationServicer(AggregationServiceServicer):
         return registered_to_message(answer, self._config)
 
     def _serve_layout(self, layout: Layout) -> None:
-        self._slice = layout.shard_slice(self._config.shard, self._config.shards)
-        self._payload_bound = payload_bound(self._slice)
+        self._layout, self._slice = layout, layout.shard_slice(self._config.shard, self._config.shards)
+        self._payload_bound, self._buffers_bound = payload_bound(self._slice), state_bytes_bound(layout, 0)
         self._state_bound = state_bytes_bound(layout, self._slice.numel)
 
     async def _seed(self, requests: AsyncIterator[pb.SeedRequest]) -> pb.SeedResponse:
@@ -207,11 +189,16 @@ class AggregationServicer(AggregationServiceServicer):
             event = await asyncio.to_thread(refill_from_message, worker, first.refill, data)
         else:
             event = events.Seed(worker, *await asyncio.to_thread(unpack_state, data))
+        self._check_untrained(event)
         done = await self._engine.submit(event)
         self._settled.set()
         return pb.SeedResponse(accepted=_only(done, effects.Seeded).accepted)
 
-    async def _read_state(self, wait_seconds: float) -> tuple[effects.Snapshot, bytes]:
+    def _check_untrained(self, event: events.Seed | events.Refill | events.Leave) -> None:
+        assert self._layout is not None  # noqa: S101 - nobody takes part before it was registered
+        check_untrained(event.untrained, self._layout, self._config.shard, event.worker.rank)
+
+    async def _seeded(self, wait_seconds: float) -> None:
         try:
             await asyncio.wait_for(self._settled.wait(), wait_seconds)
         except TimeoutError:
@@ -219,13 +206,11 @@ class AggregationServicer(AggregationServiceServicer):
                 f"shard {self._config.shard} has waited {wait_seconds:.1f} s for its starting values; "
                 "worker 0, which brings them, has not come; start it, or look at its log"
             ) from None
-        snapshot = _only(await self._engine.submit(events.ReadState()), effects.Snapshot)
-        return snapshot, await asyncio.to_thread(pack_state, snapshot.tensors, {})
 
     async def _read(self, requests: AsyncIterator[pb.ExchangeRequest], stream: Stream) -> ThresherError | None:
         """Turn what one worker says into events, until it leaves, breaks off or is refused; return why it is."""
         try:
-            async with aclosing(self._bodies(requests)) as bodies:
+            async with aclosing(self._bodies(requests, stream)) as bodies:
                 async for body, payload, wire_bytes in bodies:
                     if stream.worker is None:
                         await self._greet(body, stream)
@@ -261,7 +246,7 @@ class AggregationServicer(AggregationServiceServicer):
             _logger.info("worker %d went away: %s", worker.rank, error)
 
     async def _bodies(
-        self, requests: AsyncIterator[pb.ExchangeRequest]
+        self, requests: AsyncIterator[pb.ExchangeRequest], stream: Stream
     ) -> AsyncGenerator[tuple[pb.ExchangeRequest, bytearray, int], None]:
         """Put messages and their continuations together: body, payload, bytes on the wire."""
         body: pb.ExchangeRequest | None = None
@@ -272,8 +257,7 @@ class AggregationServicer(AggregationServiceServicer):
                     if body is not None:
                         raise ProtocolError("a new message began before the payload of the last one was complete")
                     body, wire_bytes = request, 0
-                    bound = self._state_bound if request.HasField("leave") else self._payload_bound
-                    payload = Payload(request.payload_bytes, bound)
+                    payload = Payload(request.payload_bytes, self._bound(request, stream.worker))
                 if body is None:
                     raise ProtocolError("a part of a payload came before its message")
                 wire_bytes += request.ByteSize()
@@ -281,9 +265,20 @@ class AggregationServicer(AggregationServiceServicer):
                     yield body, payload.data, wire_bytes
                     body = None
 
-    async def _greet(self, request: pb.ExchangeRequest, stream: Stream) -> None:
-        if not request.HasField("hello"):
+    def _bound(self, request: pb.ExchangeRequest, worker: Worker | None) -> int:
+        """Return how many bytes may belong to a message; refuse those of which it is known before they come."""
+        if worker is None and not request.HasField("hello"):
             raise ProtocolError("the first message of a stream must be a hello")
+        match request.WhichOneof("body"):
+            case "push":
+                return self._payload_bound
+            case "leave" if worker is not None and request.payload_bytes:
+                check_bringer(worker.rank, self._config.shard)
+                return self._buffers_bound
+            case _:
+                return 0
+
+    async def _greet(self, request: pb.ExchangeRequest, stream: Stream) -> None:
         hello = hello_from_message(request.hello)
         rank = hello.worker.rank
         async with self._turn:
@@ -319,7 +314,9 @@ class AggregationServicer(AggregationServiceServicer):
                 asked = request.agree
                 return await self._engine.submit(events.Agree(worker, asked.number, dict(asked.values)))
             case "leave":
-                return await self._engine.submit(leave_from_message(worker, request.leave, payload))
+                left = leave_from_message(worker, request.leave, payload)
+                self._check_untrained(left)
+                return await self._engine.submit(left)
             case "abort":
                 return await self._engine.submit(events.Abort(worker, request.abort.reason))
             case other:
@@ -359,30 +356,6 @@ def _only(done: list[Effect], kind: type[T]) -> T:
     return next(effect for effect in done if isinstance(effect, kind))
 
 
-async def _answered(answer: Awaitable[T], context: Context) -> T | None:
-    """Return an answer; None when there is none, and the caller is told why."""
-    try:
-        return await answer
-    except ThresherError as error:
-        _refuse(context, error)
-        return None
-
-
-def _refuse(context: Context, error: ThresherError) -> None:
-    """Let a call end with an error: with no exception, because gRPC keeps that of `abort`, and so all that it saw."""
-    known = next(cls for cls in type(error).__mro__ if ThresherError in (cls, *cls.__bases__))  # by `error_named`
-    context.set_trailing_metadata(((ERROR_NAME, known.__name__),))
-    context.set_code(_CODES.get(type(error), grpc.StatusCode.INTERNAL))
-    context.set_details(_cut(str(error)))
-
-
 def _closing(requests: AsyncIterator[T]) -> "aclosing[AsyncGenerator[T, None]]":
     """Return what a caller says, to be closed when no more of it is heard: gRPC would leave that to the collector."""
     return aclosing(cast("AsyncGenerator[T, None]", aiter(requests)))
-
-
-def _cut(text: str) -> str:
-    """Return as much of it as the details of a status can carry: gRPC quotes them, and a longer header is dropped."""
-    costs = accumulate(len(quote(character)) for character in text)
-    kept = bisect_right(list(costs), _DETAILS_BYTES)
-    return text if kept == len(text) else text[:kept] + " …"

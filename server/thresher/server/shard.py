@@ -99,7 +99,7 @@ class Shard:
             case events.Seed():
                 return self._seed(event)
             case events.Refill():
-                return self._refill(event)
+                return self._refill(event, now)
             case events.Hello():
                 return self._hello(event, now)
 
@@ -200,7 +200,7 @@ class Shard:
         self._state.seed(seed.state, seed.untrained)
         return [*self._checkpoint(wait=True), effects.Seeded(accepted=True)]
 
-    def _refill(self, refill: events.Refill) -> list[Effect]:
+    def _refill(self, refill: events.Refill, now: float) -> list[Effect]:
         """Go on from a worker's replica, where this shard has lost what the worker has been told."""
         member = self._state.members.known(refill.worker)
         here, there = self._state.history, refill.history
@@ -208,6 +208,7 @@ class Shard:
             return [effects.Seeded(accepted=False)]
         self._feed.check_refill(there, str(member))
         self._state.refill(refill)
+        self._state.members.miss(now)
         self._round.clear()
         self._feed = Feed(self._state, self._config.log_cap_bytes)
         self._last_row = None
@@ -243,10 +244,11 @@ class Shard:
         waiting = self._round.waiting.get(member.rank)
         refusal = judge(push, member, state, waiting, self._round.pushes.values())
         if refusal is not None:
-            self._refused[refusal.verdict] += 1
-            again = self._feed.again(push) if refusal.verdict is Verdict.DUPLICATE else []
-            return [refusal, *again]
-        adopted = self._adopted(push.membership)
+            rejected = refusal.verdict is Verdict.REJECTED
+            self._refused[Verdict.REJECTED if rejected else Verdict.DUPLICATE] += 1
+            again = self._feed.again(push) if refusal.verdict is Verdict.APPLIED else []
+            return [*again, refusal]
+        adopted = self._adopted(push.membership, now)
         reason = returned(push, member, state)
         if reason:
             record = self._fold(Returned(member.rank, push.step, push.content))
@@ -255,11 +257,11 @@ class Shard:
         self._round.hold(push, now)
         return [*adopted, *self._progress(now)]
 
-    def _adopted(self, membership: Membership | None) -> list[Effect]:
+    def _adopted(self, membership: Membership | None, now: float) -> list[Effect]:
         """The first shard decides who belongs to the run; here it comes with the pushes."""
         if self._config.shard == 0 or membership is None or membership.epoch <= self._state.members.membership.epoch:
             return []
-        return [self._fold(membership)]
+        return [self._fold(membership), *self._watch.changes(now)]
 
     def _progress(self, now: float) -> list[Effect]:
         """Let waiting pushes in and close rounds, as far as that goes."""
@@ -297,15 +299,15 @@ class Shard:
         except OptimizerError as error:
             return self._fail(f"round {state.version} of {self} cannot be applied: {error}")
         publications = self._feed.publish(told)
-        closed = replace(
-            closed, deliveries=tuple((rank, one.sealed.wire_bytes) for one in publications for rank in one.ranks)
-        )
+        delivered = tuple((rank, one.sealed.wire_bytes) for one in publications for rank in one.ranks)
+        closed = replace(closed, deliveries=delivered)
         state.deliver(closed)
         self._last_row = self._row(closed)
         self._feed.cut(now)
         due = self._config.checkpoint_every and state.version % self._config.checkpoint_every == 0
         checkpoint = self._checkpoint(wait=False) if due else []
-        return [effects.Append(closed), *publications, effects.WriteRow(self._last_row), *checkpoint]
+        row, changes = effects.WriteRow(self._last_row), self._watch.changes(now)
+        return [effects.Append(closed), *publications, row, *checkpoint, *changes]
 
     def _announced(self, now: float) -> Membership | None:
         """Return who belongs to the run from the next round on, where the first shard has that to say."""
@@ -343,16 +345,10 @@ class Shard:
         waiting = self._round.waiting.get(member.rank)
         if waiting is not None:
             raise ProtocolError(f"{member} leaves, but its push of step {waiting.step} is open")
-        told: list[Effect] = []
-        if leave.counted and (leave.push_bytes, leave.pull_bytes) != (member.push_bytes, member.pull_bytes):
-            told.append(
-                effects.Notice(
-                    f"{member} counts {leave.push_bytes} bytes pushed and {leave.pull_bytes} pulled, "
-                    f"this shard {member.push_bytes} and {member.pull_bytes}"
-                )
-            )
+        miscounted = member.miscounted(leave)
+        noticed = [effects.Notice(miscounted)] if miscounted else []
         departed = self._fold(Departed(member.rank, leave.abandoned_squared, leave.untrained))
-        return [departed, effects.Left(state.version), *told, *self._go_on(now)]
+        return [departed, effects.Left(state.version), *noticed, *self._go_on(now)]
 
     def _abort(self, abort: events.Abort) -> list[Effect]:
         member = self._state.members.known(abort.worker)

@@ -104,6 +104,11 @@ class RunState:
         return "training" if self.replica else "waiting for the seed"
 
     @property
+    def decides(self) -> bool:
+        """True at the first shard, which says who belongs to the run."""
+        return self.opened is not None and self.opened.registration.shard == 0
+
+    @property
     def agreed(self) -> int:
         """How many agreements there have been."""
         return max(self.agreements, default=-1) + 1
@@ -141,7 +146,7 @@ class RunState:
                 self.verdicts[Verdict.RETURNED] += 1
             case Departed(rank, abandoned_squared, buffers):
                 self.members.seat(rank).state = MemberState.LEFT
-                self.members.dismiss(rank)
+                self.members.dismiss(rank, decides=self.decides)
                 self.abandoned_squared_total += abandoned_squared
                 self.untrained.update(buffers)
             case Membership():
@@ -162,14 +167,16 @@ class RunState:
         """Go on from a worker's replica: in lockstep every member has pushed exactly what the version says.
 
         Raises:
-            LayoutError: when the replica does not fit the slice.
+            LayoutError: when the replica does not fit the slice; nothing changes.
+            ProtocolError: when the membership cannot be; nothing changes.
         """
         history = refill.history
-        self.replica = Replica(self.slice, self.spec, refill.state, history.version)
+        replica = Replica(self.slice, self.spec, refill.state, history.version)
+        self.members.adopt(refill.membership)
+        self.replica = replica
         self.untrained = {**self.untrained, **refill.untrained}
         self.run, self.digest = history.run, history.digest
         self.overrides, self.threshold = refill.overrides, refill.threshold
-        self.members.membership = refill.membership
         self.newest = None
         for member in self.members.counted:
             member.settle(history.version - 1, 0, Verdict.APPLIED)

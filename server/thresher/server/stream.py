@@ -38,8 +38,9 @@ class Stream:
     answer to the hello and the first update after it. What waits is bounded: who does not read is told no more.
 
     Args:
-        update_bytes: How much may wait of updates when another comes. All streams wait for the ends of one sequence,
-            so that together they hold no more than the one that waits for most.
+        update_bytes: How much may wait of updates when another comes. Where all workers are sent the same updates, all
+            streams wait for the ends of one sequence, and together hold no more than the one that waits for most; with
+            the shadow outside lockstep each holds its own.
 
     Attributes:
         worker: Whose it is, once it has said so.

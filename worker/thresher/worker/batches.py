@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, islice
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def seed_everything(seed: int) -> None:
 
 
 def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers: int, skip: int = 0) -> Iterator[Any]:
-    """Yield one pass over rank's share of ``loader``'s data.
+    """Return one pass over rank's share of ``loader``'s data.
 
     All workers draw the same order from the loader's own sampler; worker ``rank`` takes every ``workers``-th sample,
     beginning with the rank-th. The last few samples of a pass are left out where they cannot be dealt evenly, so that
@@ -62,8 +62,7 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         )
     order_seed = keyed_seed("order", seed, step)
     if isinstance(loader.dataset, IterableDataset):
-        yield from islice(_dealt(loader, order_seed, rank, workers), skip, None)
-        return
+        return islice(_dealt(loader, order_seed, rank, workers), skip, None)
     plain = loader.batch_size is None or type(loader.batch_sampler) is BatchSampler
     source: Any = loader.sampler if plain else loader.batch_sampler
     with _ordered(source, order_seed):
@@ -72,22 +71,25 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
     if order and not mine:
         what = "samples" if plain else "batches"
         raise ConfigurationError(f"{len(order)} {what} cannot be shared by {workers} workers: each needs one at least")
-    # The seed of the loader's worker processes is drawn now, and must not be the same on all ranks.
-    seed_everything(keyed_seed("loader", seed, rank, step))
     batching: dict[str, Any] = {"batch_sampler": mine[skip:]}
     if plain:
         left = mine[skip * (loader.batch_size or 1) :]
         batching = {"sampler": left, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    yield from DataLoader(
-        loader.dataset,
-        **batching,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
+    # What a loader hands to its processes as their seed is drawn now, and must not be the same on all ranks.
+    seed_everything(keyed_seed("loader", seed, rank, step))
+    keyed = _KeyedProcess(loader, (seed, rank, step), skip)
+    return iter(
+        DataLoader(
+            loader.dataset,
+            **batching,
+            num_workers=loader.num_workers,
+            collate_fn=keyed.collate if loader.num_workers else loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=keyed.begin,
+            multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor,
+        )
     )
 
 
@@ -96,7 +98,8 @@ def keyed_batches(
 ) -> Iterator[Any]:
     """Yield one pass over rank's share, or the rest of the one in which this worker was killed.
 
-    The global generators are seeded anew for each batch, before it is fetched and before it is yielded.
+    The global generators are seeded anew for each batch, before it is fetched, in whichever process that is, and before
+    it is yielded.
 
     Args:
         loader: A torch loader.
@@ -104,12 +107,24 @@ def keyed_batches(
         seed: The run's; equal on all workers.
         rank: Which share.
         workers: How many shares.
+
+    Raises:
+        ProtocolError: when another pass is not over yet.
     """
     if not progress.begin_pass():
         return
+    try:
+        yield from _rest_of_pass(loader, progress, seed=seed, rank=rank, workers=workers)
+    finally:
+        progress.end_pass()
+
+
+def _rest_of_pass(
+    loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int, workers: int
+) -> Iterator[Any]:
     shared = share(loader, seed=seed, step=progress.pass_step, rank=rank, workers=workers, skip=progress.taken)
     while True:
-        seed_everything(keyed_seed("data", seed, rank, progress.step, progress.batch))
+        seed_everything(keyed_seed("data", seed, rank, progress.pass_step, progress.taken))
         try:
             batch = next(shared)
         except StopIteration:
@@ -117,6 +132,41 @@ def keyed_batches(
         seed_everything(keyed_seed("step", seed, rank, progress.step, progress.batch))
         progress.begin_batch()
         yield batch
+
+
+@final
+class _KeyedProcess:
+    """Seeds a process of a loader for each batch that it fetches: then neither their number nor the first one matters.
+
+    A loader hands batch after batch to its processes in turn, and has no place of its own in front of a fetch: so each
+    is prepared for at the end of the one before.
+
+    Args:
+        loader: Whose processes they will be.
+        key: Of the pass: seed, rank, step.
+        first: Number of the first batch that is fetched.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]", key: tuple[int, int, int], first: int) -> None:
+        """Begin in front of the first batch."""
+        self._init, self._collate, self._processes = loader.worker_init_fn, loader.collate_fn, loader.num_workers
+        self._key, self._number = key, first
+
+    def begin(self, process: int) -> None:
+        """Begin a process."""
+        if self._init is not None:
+            self._init(process)
+        self._prepare(self._number + process)
+
+    def collate(self, samples: Any) -> Any:  # noqa: ANN401 - whatever the data set and the loader make
+        """Put samples together as the loader does."""
+        batch = self._collate(samples)
+        self._prepare(self._number + self._processes)
+        return batch
+
+    def _prepare(self, number: int) -> None:
+        self._number = number
+        seed_everything(keyed_seed("data", *self._key, number))
 
 
 def _start_method(loader: "DataLoader[Any]") -> str:

@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+import math
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Final, final
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, TypeVar, final
 
 import grpc
 
@@ -26,6 +28,11 @@ from thresher.worker.snapshot import Snapshot, snapshot_from_parts
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 2.0
+
 # A worker may come long before its shards; gRPC's own pauses between two attempts grow to minutes.
 _RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
 
@@ -43,21 +50,46 @@ class ShardLostError(RoundFailedError):
     """The connection to a shard broke, and the shard has not said why: it may come back."""
 
 
+def pauses() -> Iterator[float]:
+    """Yield how many seconds to wait before each new attempt at what has failed: twice as long each time, to a limit.
+
+    >>> from itertools import islice
+    >>> list(islice(pauses(), 7))
+    [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    """
+    pause = _PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
 @final
 class ShardCalls:
     """Calls to one shard. ``setup_bytes`` counts seeds and snapshots.
+
+    All may be repeated: registering, seeding and reading twice is as good as once. So a shard that is lost in the
+    middle of one is looked for, and asked again.
 
     Args:
         shard: Position of the shard.
         address: ``host:port``.
         who: The caller, for people: ``worker 3``.
         credentials: What is shown to the shard, and trusted.
+        patience: Seconds to try to find the shard again when it is lost; 0 tells so at once.
     """
 
-    def __init__(self, shard: int, address: str, who: str, credentials: Credentials = NO_CREDENTIALS) -> None:
+    def __init__(
+        self,
+        shard: int,
+        address: str,
+        who: str,
+        credentials: Credentials = NO_CREDENTIALS,
+        patience: float = 0.0,
+    ) -> None:
         """Open a channel; gRPC connects in the background."""
-        self.shard, self.address = shard, address
+        self.shard, self.address, self.patience = shard, address, patience
         self._who = who
+        self._closed = threading.Event()
         self._channel = channel(address, credentials, _RECONNECT_OPTIONS)
         self._stub = AggregationServiceStub(self._channel)
         self._answer_timeout = CALL_SECONDS
@@ -74,7 +106,16 @@ class ShardCalls:
             ConnectionTimeoutError: when it cannot be by then.
         """
         begin = time.monotonic()
-        while (left := deadline - time.monotonic()) > 0:
+        if not self._is_ready(deadline):
+            raise ConnectionTimeoutError(
+                f"{self._who} could not reach {self}; start it there, correct the address, or wait for longer than "
+                f"{time.monotonic() - begin:.0f} s with THRESHER_CONNECT_TIMEOUT"
+            )
+
+    def _is_ready(self, deadline: float) -> bool:
+        """Wait until the shard can be reached; False when it cannot be by then, or the channel is closed."""
+        begin = time.monotonic()
+        while (left := deadline - time.monotonic()) > 0 and not self._closed.is_set():
             # A call, because a future of the channel leaves a thread behind that fails when the channel is closed.
             try:
                 self._stub.Statistics(pb.StatisticsRequest(), timeout=min(left, NOTICE_SECONDS), wait_for_ready=True)
@@ -84,35 +125,54 @@ class ShardCalls:
                 waited = time.monotonic() - begin
                 _logger.warning("%s has waited %.0f s for %s", self._who, waited, self)
             else:
-                return
-        waited = time.monotonic() - begin
+                return True
+        return False
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        """Make a call; repeat it while the shard cannot be reached or breaks off, until the patience is used up."""
+        deadline = math.inf
+        for pause in pauses():
+            try:
+                return call()
+            except grpc.RpcError as error:
+                if not is_transient(error) or not self.patience:
+                    raise self.translate(error) from None
+                deadline = min(deadline, time.monotonic() + self.patience)
+                _logger.warning("%s has lost %s (%s); looking for it", self._who, self, details(error))
+            if self._closed.wait(pause) or not self._is_ready(deadline):
+                break
         raise ConnectionTimeoutError(
-            f"{self._who} could not reach {self}; start it there, correct the address, or wait for longer than "
-            f"{waited:.0f} s with THRESHER_CONNECT_TIMEOUT"
+            f"{self._who} has lost {self}, and not found it again in {self.patience:.0f} s; see its log and start it "
+            "again, or look for longer: THRESHER_RECONNECT_TIMEOUT"
         )
 
-    def register(self, request: pb.RegisterRequest, timeout: float = CALL_SECONDS) -> pb.RegisterResponse:
+    def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Announce a worker. Raises what the shard raised (`RegistrationError`, `LayoutError`, …)."""
-        with self.translated():
-            response = self._stub.Register(request, timeout=timeout, wait_for_ready=True)
+        return self._insist(lambda: self._register(request))
+
+    def _register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
+        response = self._stub.Register(request, timeout=CALL_SECONDS)
         self._answer_timeout = response.answer_timeout
         return response
 
-    def seed(self, rank: int, incarnation: int, data: bytes, refill: pb.Refill | None = None) -> bool:
+    def seed(self, registration: pb.RegisterRequest, data: bytes, refill: pb.Refill | None = None) -> bool:
         """Give the shard its starting values, or what it has lost; False when it needs none."""
         self.setup_bytes += len(data)
+        return self._insist(lambda: self._seed(registration, data, refill))
+
+    def _seed(self, registration: pb.RegisterRequest, data: bytes, refill: pb.Refill | None) -> bool:
+        self._register(registration)  # a shard that has just lost its state knows nobody
         requests = (
             pb.SeedRequest(
-                rank=rank,
-                incarnation=incarnation,
+                rank=registration.rank,
+                incarnation=registration.incarnation,
                 total_bytes=len(data),
                 chunk=chunk,
                 refill=refill if index == 0 else None,
             )
             for index, (_, chunk) in enumerate(chunks(data))
         )
-        with self.translated():
-            return self._stub.Seed(requests, timeout=self._answer_timeout + MARGIN_SECONDS).accepted
+        return self._stub.Seed(requests, timeout=self._answer_timeout + MARGIN_SECONDS).accepted
 
     def snapshot(self, wait_seconds: float) -> Snapshot:
         """Return the shard's state; waits until it is seeded.
@@ -122,8 +182,7 @@ class ShardCalls:
             FrameError: when the answer is no state of a model.
         """
         request = pb.SnapshotRequest(wait_seconds=wait_seconds)
-        with self.translated():
-            parts = list(self._stub.Snapshot(request, timeout=wait_seconds + MARGIN_SECONDS))
+        parts = self._insist(lambda: list(self._stub.Snapshot(request, timeout=wait_seconds + MARGIN_SECONDS)))
         snapshot, size = snapshot_from_parts(parts, str(self))
         self.setup_bytes += size
         return snapshot
@@ -139,6 +198,7 @@ class ShardCalls:
 
     def close(self) -> None:
         """Close the channel, and with it everything that is open."""
+        self._closed.set()
         self._channel.close()
 
     @contextlib.contextmanager
@@ -153,23 +213,23 @@ class ShardCalls:
         """Return a gRPC error as one of ours."""
         if not isinstance(error, grpc.Call):
             return ProtocolError(f"{self}: {error}")
-        details = error.details() or ""
+        said = details(error)
         name = dict(error.trailing_metadata() or ()).get(ERROR_NAME)
         if name is not None:
-            return error_named(str(name), f"{details} [{self}]")
+            return error_named(str(name), f"{said} [{self}]")
         match error.code():
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
                 return ShardLostError(
-                    f"{self._who} has lost {self}: it ended or cannot be reached ({details}); see its log"
+                    f"{self._who} has lost {self}: it ended or cannot be reached ({said}); see its log"
                 )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return ConnectionTimeoutError(
-                    f"{self} did not answer {self._who} in time ({details}); look at the shard's log and its disk"
+                    f"{self} did not answer {self._who} in time ({said}); look at the shard's log and its disk"
                 )
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-                return AccessDeniedError(f"{self} refused {self._who}: {details}")
+                return AccessDeniedError(f"{self} refused {self._who}: {said}")
             case code:
-                return ProtocolError(f"{self}: {code.name}: {details}")
+                return ProtocolError(f"{self}: {code.name}: {said}")
 
 
 def is_transient(error: Exception) -> bool:
@@ -177,3 +237,8 @@ def is_transient(error: Exception) -> bool:
     if not isinstance(error, grpc.Call):
         return False
     return dict(error.trailing_metadata() or ()).get(ERROR_NAME) is None and error.code() in _TRANSIENT
+
+
+def details(error: Exception) -> str:
+    """Return what an error of gRPC says, for people."""
+    return (error.details() or "") if isinstance(error, grpc.Call) else str(error)

@@ -5,9 +5,9 @@ a deadline, and its error names the shard and its address.
 """
 
 import logging
+import math
 import queue
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, final
@@ -28,12 +28,11 @@ from thresher.protos.sealed import update_from_message
 from thresher.protos.timeouts import NOTICE_SECONDS, longest_wait
 from thresher.protos.update import Update
 from thresher.v1 import aggregation_pb2 as pb
-from thresher.worker.calls import ShardCalls, ShardLostError, is_transient
+from thresher.worker.calls import ShardCalls, details, is_transient, pauses
 
 _logger = logging.getLogger(__name__)
 
 _GOODBYE_SECONDS: Final = 2.0
-_PAUSE_SECONDS: Final = 0.1
 
 
 @final
@@ -65,21 +64,18 @@ class ShardClient:
     ``resent_bytes`` what was said again.
 
     Args:
-        calls: To the shard.
+        calls: To the shard; their patience is how long it is looked for when it was lost.
         registration: As the shard has accepted it; its rank and incarnation are the worker's.
         answer_timeout: Seconds after which the shard answers at the latest, as it says itself.
-        patience: Seconds to try to find a shard again that was lost.
     """
 
-    def __init__(
-        self, calls: ShardCalls, registration: pb.RegisterRequest, answer_timeout: float, patience: float
-    ) -> None:
+    def __init__(self, calls: ShardCalls, registration: pb.RegisterRequest, answer_timeout: float) -> None:
         """Prepare; `open` begins."""
         self.calls = calls
         self._registration = pb.RegisterRequest()
         self._registration.CopyFrom(registration)
         self._who = f"worker {registration.rank}"
-        self._patience, self._longest_wait = patience, longest_wait(answer_timeout, patience)
+        self._longest_wait = longest_wait(answer_timeout, calls.patience)
         self._said = "a hello"  # for people: what the next answer is to
         self._lock = threading.Lock()  # over the next two, which both the caller and the reader thread touch
         self._outbox: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
@@ -89,6 +85,7 @@ class ShardClient:
         self._slice: Slice | None = None
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
+        self._pauses = pauses()  # before a broken stream is opened anew; from the shortest again once one has spoken
         self.history = pb.History()
         self.reconnects = 0
         self.push_bytes = self.pull_bytes = self.resent_bytes = 0
@@ -106,11 +103,6 @@ class ShardClient:
     def longest_wait(self) -> float:
         """Seconds after which this worker gives an answer up: longer than the shard takes to say why there is none."""
         return self._longest_wait
-
-    @property
-    def silent(self) -> bool:
-        """True while there is nothing for `wait` to return."""
-        return self._inbox.empty()
 
     def open(self, piece: Slice, history: pb.History) -> None:
         """Begin the exchange, from a replica at ``history``."""
@@ -144,15 +136,15 @@ class ShardClient:
         self._say(messages)
         reached(self._who, "in flight")
 
-    def wait(self) -> Told:
-        """Wait for the next update of the slice, or for what became of a push.
+    def wait(self, seconds: float = math.inf) -> Told | None:
+        """Wait for the next update of the slice, or for what became of a push; None when there is none for ``seconds``.
 
         Raises:
             BehindError, LostHistoryError: when this worker and the shard have to find together first; see `open`.
             DataLossError: when they cannot.
             RoundFailedError: when the shard refused the push, gave the round up, or is gone.
         """
-        item = self._next()
+        item = self._next(seconds)
         if isinstance(item, pb.Left):
             raise ProtocolError(f"{self} answered a push with a leave")
         return item
@@ -181,11 +173,14 @@ class ShardClient:
                 return dict(answer.values)
 
     def leave(self, leave: pb.Leave, buffers: bytes) -> None:
-        """Leave the run, and wait until the shard has recorded it."""
+        """Say that this worker leaves the run."""
         self._said = "its leave"
         leave.push_bytes, leave.pull_bytes = self.push_bytes, self.pull_bytes
         leave.counted = leave.counted and not self.reconnects
         self._say(list(_messages(pb.ExchangeRequest(leave=leave), buffers)))
+
+    def wait_left(self) -> None:
+        """Wait until the shard has recorded the leave. Raises what `wait` raises."""
         while not isinstance(self._next(), pb.Left):
             continue  # an update that was on its way
 
@@ -210,10 +205,12 @@ class ShardClient:
             for message in messages:
                 self._outbox.put(message)
 
-    def _next(self) -> Told | pb.Left:
+    def _next(self, seconds: float = math.inf) -> Told | pb.Left | None:
         try:
-            item = self._inbox.get(timeout=self._longest_wait)
+            item = self._inbox.get(timeout=min(seconds, self._longest_wait))
         except queue.Empty:
+            if seconds < self._longest_wait:
+                return None
             raise self._unheard() from None
         if isinstance(item, Exception):
             self._inbox.put(item)  # what ended the exchange ends every later wait too, until it is opened again
@@ -247,6 +244,9 @@ class ShardClient:
             for message in (pb.ExchangeRequest(hello=hello), *self._unanswered):
                 self._outbox.put(message)
             if self._reader is not None:
+                for message in self._unanswered:
+                    if message.HasField("leave"):
+                        message.leave.counted = False  # bytes were lost, or told twice
                 self.resent_bytes += sum(message.ByteSize() for message in self._unanswered)
             self._responses = self.calls.exchange(iter(self._outbox.get, None))
 
@@ -259,7 +259,7 @@ class ShardClient:
                 if self._closed.is_set() or not is_transient(error):
                     self._end(self.calls.translate(error))
                     return
-                _logger.warning("%s has lost %s (%s); looking for it", self._who, self, _details(error))
+                _logger.warning("%s has lost %s (%s); looking for it", self._who, self, details(error))
             except ThresherError as error:
                 self._end(error)
                 return
@@ -280,6 +280,7 @@ class ShardClient:
         body: pb.Update | None = None
         payload, wire_bytes = Payload(0, 0), 0
         for response in responses:
+            self._pauses = pauses()
             match response.WhichOneof("body"):
                 case "result":
                     self._take_result(response.result)
@@ -318,8 +319,10 @@ class ShardClient:
         match result.verdict:
             case pb.VERDICT_RETURNED:
                 self._inbox.put(Returned(result.step, result.reason))
+            case pb.VERDICT_APPLIED:  # before it came again; of a mean, after the mean, where the shard remembers it
+                self._inbox.put(Settled(result.step))
             case pb.VERDICT_DUPLICATE:
-                pass  # its update has come, or will
+                pass  # it waits for its verdict
             case _:
                 verdict = pb.Verdict.Name(result.verdict).removeprefix("VERDICT_")
                 refused = f"{self._who} and {self}: push {result.step} was {verdict}: {result.reason}"
@@ -328,23 +331,14 @@ class ShardClient:
     def _reconnect(self) -> None:
         """Find the shard again. Raises ConnectionTimeoutError when it does not come back in time."""
         self.reconnects += 1
-        begin = time.monotonic()
-        while not self._closed.wait(_PAUSE_SECONDS):
-            left = self._patience - (time.monotonic() - begin)
-            if left <= 0:
-                break
-            try:
-                response = self.calls.register(self._registration, timeout=min(left, NOTICE_SECONDS))
-            except (ConnectionTimeoutError, ShardLostError):
-                _logger.warning("%s has looked %.0f s for %s", self._who, time.monotonic() - begin, self)
-            else:
-                self._settle(response)
-                self._connect()
-                return
-        raise ConnectionTimeoutError(
-            f"{self._who} has lost {self}, and not found it again in {self._patience:.0f} s; it was at {self._place}. "
-            "See its log and start it again, or look for longer: THRESHER_RECONNECT_TIMEOUT"
-        )
+        if self._closed.wait(next(self._pauses)):
+            raise RoundFailedError(f"{self._who} has ended its exchange with {self}")
+        try:
+            response = self.calls.register(self._registration)
+        except ConnectionTimeoutError as error:
+            raise ConnectionTimeoutError(f"{error}; it was at {self._place}") from None
+        self._settle(response)
+        self._connect()
 
     def _settle(self, response: pb.RegisterResponse) -> None:
         """Hear what became of the last push while there was no connection.
@@ -365,10 +359,6 @@ class ShardClient:
             self._inbox.put(Returned(step, "while there was no connection"))
         elif not first.push.only_mean:
             self._inbox.put(Settled(step))
-
-
-def _details(error: Exception) -> str:
-    return (error.details() or "") if isinstance(error, grpc.Call) else str(error)
 
 
 def _messages(first: pb.ExchangeRequest, payload: bytes) -> Iterator[pb.ExchangeRequest]:

@@ -1,5 +1,6 @@
 """The parameters that are worth evaluating, which are not always those at which a worker takes its gradients."""
 
+import logging
 from typing import Literal
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from thresher.worker.placement import Pieces
 from thresher.worker.remembering import Remembering
 from thresher.worker.rounds import Rounds
 from thresher.worker.settings import Settings
+
+_logger = logging.getLogger(__name__)
 
 EvaluationPoint = Literal["synced", "virtual"]
 
@@ -29,7 +32,8 @@ def evaluation_point(
 
     Raises:
         ConfigurationError: when the residual is not in units of the parameters, so that x - residual means nothing; or
-            when rounds do not have all workers in them, so that there is no step at which all could be asked.
+            when rounds do not have all workers in them, so that there is no step at which all could be asked; or when
+            workers follow a shadow of x.
     """
     if point == "synced":
         return rounds.pieces
@@ -39,10 +43,20 @@ def evaluation_point(
             "the virtual point x - mean residual needs a residual in units of the parameters: placement 'update', "
             f"and no outer optimizer; this run is {method.describe()}"
         )
+    if consistency.downlink == "shadow":
+        raise ConfigurationError(
+            "the virtual point x - mean residual needs x itself and the mean, and with downlink 'shadow' both stay at "
+            "the shards: evaluate the synced point"
+        )
     if not consistency.lockstep:
         raise ConfigurationError(
             "the virtual point x - mean residual is made in a round of all workers, beside which no other round may be "
             f"open; in mode {consistency.describe()} workers do not wait for each other: evaluate the synced point"
         )
     mean = rounds.mean(residual.clone()) if remembering is None else remembering.mean(rounds, residual.clone())
+    if mean is None:
+        _logger.warning(
+            "worker %d was away when the others made the mean residual: it evaluates the synced point", settings.rank
+        )
+        return rounds.pieces
     return [(piece, x - mean[piece.begin : piece.end]) for piece, x in rounds.pieces]

@@ -89,7 +89,10 @@ def join(
     request = _registration(settings, model, spec, placement)
     request.metrics_address = metrics_address
     who = f"worker {settings.rank}"
-    calls = [ShardCalls(shard, address, who, settings.credentials) for shard, address in enumerate(settings.addresses)]
+    calls = [
+        ShardCalls(shard, address, who, settings.credentials, settings.reconnect_timeout)
+        for shard, address in enumerate(settings.addresses)
+    ]
     joined: list[JoinedShard] = []
     clients: list[ShardClient] = []
     try:
@@ -107,8 +110,7 @@ def join(
             follower, overrides = following(piece, optimizer, snapshot), optimizer.overrides(snapshot.optimizer.groups)
             epoch, threshold = answer.membership.epoch, snapshot.threshold
             joined.append(JoinedShard(client, piece, follower, answer, epoch, overrides, threshold))
-            if run is not None:
-                _look_back(joined[-1], settings)
+            _look_back(joined[-1], settings, is_back=run is not None)
         for shard in reversed(joined):  # the first shard decides who belongs to the run: by then all others know us
             shard.client.open(shard.slice, shard.client.history)
     except BaseException as error:
@@ -128,15 +130,16 @@ def _check_run(mine: int, theirs: int, settings: Settings) -> None:
         )
 
 
-def _look_back(shard: JoinedShard, settings: Settings) -> None:
+def _look_back(shard: JoinedShard, settings: Settings, *, is_back: bool) -> None:
     """Ask again what became of the last push, now that the snapshot is older than the answer; and what it came to.
 
-    A worker that was killed before it had learned from the update of its last round is told it once more.
+    A shard that has lost its state meanwhile is so told again who this worker is. A worker that was killed before it
+    had learned from the update of its last round is told it once more.
     """
     client, follower = shard.client, shard.follower
     shard.answer = client.calls.register(client.registration)
     settled = shard.answer.settled_steps
-    if settings.consistency.lockstep and follower.version and settled == follower.version:
+    if is_back and settings.consistency.lockstep and follower.version and settled == follower.version:
         client.history.version, client.history.digest = follower.version - 1, b""
         shard.repeats = True
 
@@ -154,7 +157,7 @@ def _registered(
     for one in calls:
         request.shard = one.shard
         answer = one.register(request)
-        clients.append(ShardClient(one, request, answer.answer_timeout, settings.reconnect_timeout))
+        clients.append(ShardClient(one, request, answer.answer_timeout))
         _check_order(one, answer, settings)
         answers.append(answer)
     return answers
@@ -183,7 +186,8 @@ def _seed(
     for one in empty:
         state = placement.seed(model.state(slices[one.shard]))
         data = pack_state(state, model.untrained() if one.shard == 0 else {})
-        one.seed(request.rank, request.incarnation, data)
+        request.shard = one.shard
+        one.seed(request, data)
 
 
 def _give_up(calls: Sequence[ShardCalls], clients: Sequence[ShardClient], slices: Sequence[Slice], reason: str) -> None:

@@ -22,7 +22,6 @@ torn write never reaches the other one.
 """
 
 import fcntl
-import json
 import os
 import struct
 import zlib
@@ -31,12 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast, final
+from typing import Any, Final, TypeVar, final
 
 import torch
-from torch import Tensor
 
 from thresher.protos.errors import ConfigurationError, DataLossError, ThresherError
+from thresher.worker.state_bytes import decode, encode
 
 State = dict[str, Any]
 """Dicts (keys: str, int), lists and tuples of tensors, bytes, str, int, float, bool, None: what a state_dict holds."""
@@ -51,9 +50,6 @@ _BLOCK: Final = 4 << 20
 
 _SLOT: Final = struct.Struct("<QQQI")
 _CRC: Final = struct.Struct("<I")
-_LENGTH: Final = struct.Struct("<Q")
-_FLOAT: Final = struct.Struct("<d")
-_DTYPES: Final = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
 class MemoryFileError(ThresherError, RuntimeError):
@@ -128,7 +124,7 @@ class Memory:
         """The newest whole state, bit for bit; None when nothing was flipped since the file was made or cleared.
 
         Tensors are contiguous, on the CPU, and share no memory with the file. A subclass comes back as its base: an
-        OrderedDict as a dict, a Parameter as a tensor, a named tuple as a tuple.
+        OrderedDict as a dict, a Parameter as a tensor, a named tuple as a tuple; but a Counter stays one.
 
         Raises:
             DataLossError: both halves are damaged; `clear` begins anew.
@@ -136,7 +132,7 @@ class Memory:
         """
         half = self._whole()
         with self._os_errors():
-            return _decode(self._fd, half.offset) if half.length else None
+            return decode(self._fd, half.offset) if half.length else None
 
     def flip(self, state: State) -> None:
         """Write ``state`` to the half that is not in use, then make it the newest.
@@ -148,7 +144,7 @@ class Memory:
             DataLossError: both halves are damaged; `clear` begins anew.
             MemoryFileError: the file cannot be written, as on a full disk.
         """
-        parts = _encode(state)
+        parts = encode(state)
         with self._os_errors():
             slot = self._write_half(parts)
             self._between()
@@ -262,9 +258,6 @@ class Memory:
             ) from error
 
 
-# --- bytes in the file --------------------------------------------------------------------------------------
-
-
 def _place(length: int, whole: _Slot) -> int:
     """Where ``length`` bytes fit beside the half that must not be touched: before it, else behind it.
 
@@ -309,88 +302,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# --- a state as bytes ---------------------------------------------------------------------------------------
-
-
-def _encode(state: State) -> list[memoryview]:
-    buffers: list[memoryview] = []
-    skeleton = json.dumps(_skeleton(state, "", buffers), separators=(",", ":")).encode()
-    return [memoryview(_LENGTH.pack(len(skeleton))), memoryview(skeleton), *buffers]
-
-
-def _skeleton(value: object, at: str, buffers: list[memoryview]) -> object:
-    """``value`` as JSON with the lengths of its tensors and bytes, whose content is added to ``buffers`` in order."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return {"float": _FLOAT.pack(value).hex()}  # JSON knows no NaN
-        case bytes():
-            buffers.append(memoryview(value))
-            return {"bytes": len(value)}
-        case Tensor() if value.layout is torch.strided and not value.is_meta and not value.is_quantized:
-            buffers.append(_bytes_of(value.detach().cpu().resolve_conj().resolve_neg().contiguous()))
-            return {"tensor": [str(value.dtype), list(value.shape)]}
-        case list() | tuple():
-            items = [_skeleton(item, f"{at}[{number}]", buffers) for number, item in enumerate(value)]
-            return items if isinstance(value, list) else {"tuple": items}
-        case dict() if all(isinstance(key, str | int) for key in value):
-            return {"dict": [[key, _skeleton(item, _path(at, key), buffers)] for key, item in value.items()]}
-    kind = "dict whose keys are not all str or int" if isinstance(value, dict) else type(value).__name__
-    raise ConfigurationError(
-        f"{at or 'the state'}: a {kind} cannot be kept; keep its state_dict(), or dense tensors, bytes, numbers and str"
-    )
-
-
-def _path(at: str, key: str | int) -> str:
-    return f"{at}[{key}]" if isinstance(key, int) else f"{at}.{key}".lstrip(".")
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-def _decode(fd: int, offset: int) -> State:
-    reader = _Reader(fd, offset)
-    (length,) = _LENGTH.unpack(reader.take(_LENGTH.size))
-    return cast("State", reader.value(json.loads(reader.take(length))))
-
-
-@final
-class _Reader:
-    """Reads a half from its front to its end, in the order in which `_skeleton` met its values."""
-
-    def __init__(self, fd: int, offset: int) -> None:
-        self._fd, self._offset = fd, offset
-
-    def value(self, skeleton: object) -> object:
-        match skeleton:
-            case list():
-                return [self.value(item) for item in skeleton]
-            case {"tuple": items}:
-                return tuple(self.value(item) for item in items)
-            case {"dict": pairs}:
-                return {key: self.value(item) for key, item in pairs}
-            case {"float": digits}:
-                return _FLOAT.unpack(bytes.fromhex(digits))[0]
-            case {"bytes": length}:
-                return bytes(self.take(length))
-            case {"tensor": [dtype, shape]}:
-                tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-                self._fill(_bytes_of(tensor))
-                return tensor
-        return skeleton
-
-    def take(self, length: int) -> bytearray:
-        data = bytearray(length)
-        self._fill(memoryview(data))
-        return data
-
-    def _fill(self, data: memoryview) -> None:
-        while data:
-            count = os.preadv(self._fd, [data], self._offset)
-            if not count:
-                raise OSError(0, "became shorter while it was open")
-            data, self._offset = data[count:], self._offset + count

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Final, Protocol, final, runtime_checkable
 
 import torch
 
-from thresher.protos.errors import ConfigurationError
+from thresher.protos.errors import ConfigurationError, ProtocolError
+
+AGREEMENTS: Final = 64
+"""How many of the newest agreements the shards can tell once more."""
 
 
 @runtime_checkable
@@ -69,10 +72,15 @@ class Progress:
         self._to_skip = 0  # of them, those that were over when this worker was killed
         self._inside = False  # the pass over data that begins next was begun before this worker was killed
         self._resuming = False  # so was the pass that `passes` yields next
-        self._results: list[Mapping[str, float]] = []  # of agreements before the first pass, and in this one
-        self._before = 0  # how many of them are from before the first pass
-        self._forgotten = 0  # agreements of earlier passes
+        self._counting = False  # `passes` has begun
+        self._open = False  # a pass over data has begun and is not over
+        self._results: list[Mapping[str, float]] = []  # of agreements that a next life asks for again
+        self._before = 0  # how many of them are from before the first numbered pass
+        self._outside: int | None = None  # how many are from before the loop over batches; None outside of one
+        self._forgotten = 0  # agreements of passes and loops that are over
         self._asked = 0
+        self._iteration = self._pushed = 0  # agreements when this iteration began, and the one whose push was the last
+        self._pushed_step = 0
         self._kept: dict[str, Stateful] = {}
         self._restored: Mapping[str, Any] = {}
         self._scheduled: Sequence[Mapping[str, Any]] | None = None
@@ -83,8 +91,17 @@ class Progress:
     # The loop
 
     def passes(self, count: int) -> Iterator[int]:
-        """Yield the numbers of those of ``count`` passes that are not over yet."""
-        begin = 0
+        """Yield the numbers of those of ``count`` passes that are not over yet.
+
+        Raises:
+            ProtocolError: when there was a loop of numbered passes before.
+        """
+        if self._counting:
+            raise ProtocolError(
+                f"passes({count}) is called once more: a worker that is killed could not tell its loop from the first. "
+                "Number all passes in one loop, and use range for others"
+            )
+        self._counting, begin = True, 0
         if self._resuming:
             begin, self._resuming, self._asked = self._number + 1, False, self._before
             yield self._number
@@ -93,16 +110,26 @@ class Progress:
             yield number
 
     def _begin_numbered(self, number: int) -> None:
+        self._leave_loop()
         if self._number < 0:
             self._before = len(self._results)
-        self._forgotten += len(self._results) - self._before
-        del self._results[self._before :]
-        self._number, self._asked = number, self._before
+        self._forget(self._before)
+        self._number = number
         self._begun = self._to_skip = 0
         self._inside = False
 
     def begin_pass(self) -> bool:
-        """Begin a pass over the data; False when it was over before this worker was killed."""
+        """Begin a pass over the data; False when it was over before this worker was killed.
+
+        Raises:
+            ProtocolError: when another one is not over yet.
+        """
+        if self._open:
+            raise ProtocolError(
+                "a pass over session.batches begins while another one is open: a worker that is killed could go on in "
+                "one of them only. Inside of a pass, evaluate with the loader itself; a pass that was left early in an "
+                "iterator of your own must be closed"
+            )
         if self._to_skip:
             self._to_skip -= 1
             return False
@@ -111,18 +138,32 @@ class Progress:
         else:
             self._begun += 1
             self.pass_step, self.taken = self.step, 0
+        self._leave_loop()
+        self._open, self._outside = True, len(self._results)
         return True
 
     def begin_batch(self) -> None:
         """Take the next batch; the first of a step begins an iteration."""
         if self.batch == 0:
             self._restore()
-            self._began = self._now()
+            self._forget(self._outside)
+            self._iteration, self._began = self._agreements, self._now()
         self.batch += 1
         self.taken += 1
 
-    def end_step(self) -> None:
-        """Count a step of the optimizer."""
+    def end_pass(self) -> None:
+        """End a pass over the data, at its end or before."""
+        self._open = False
+        self._leave_loop()
+
+    def end_step(self, *, pushed: bool = True) -> None:
+        """Count a step of the optimizer; ``pushed`` says that the shards took part in it."""
+        if not self.batch:  # a loop that does not take its batches here: it begins with its first step
+            self._iteration = self._agreements
+            self._outside = len(self._results) if self._outside is None else self._outside
+            self._forget(self._outside)
+        if pushed:
+            self._pushed, self._pushed_step = self._iteration, self.step
         self.step, self.batch = self.step + 1, 0
 
     # What the user keeps
@@ -150,7 +191,6 @@ class Progress:
                 self._kept[name].load_state_dict(copy.deepcopy(state))
         self._reschedule()
         self._restored, self._scheduled = {}, None
-        self._asked = len(self._results)
 
     def _reschedule(self) -> None:
         if self.schedule is not None and self._scheduled is not None:
@@ -165,10 +205,33 @@ class Progress:
         self._asked += 1
         return self._results[self._asked - 1]
 
+    def next_agreement(self) -> int:
+        """Return the number of the next one.
+
+        Raises:
+            ProtocolError: when a worker that is killed here could not be told again all that it would ask for.
+        """
+        if self._agreements - self._pushed >= AGREEMENTS:
+            raise ProtocolError(
+                f"there have been {AGREEMENTS} agreements since the iteration of step {self._pushed_step} began, and "
+                "the shards remember no more for a worker that is killed: add up what you ask for, and agree once "
+                "(Session.mean takes many numbers at a time), or agree less often"
+            )
+        return self._agreements
+
     @property
-    def agreements(self) -> int:
-        """How many there have been."""
+    def _agreements(self) -> int:
         return self._forgotten + len(self._results)
+
+    def _forget(self, first: int | None) -> None:
+        """Keep the ``first`` results only: those behind them are not asked for again."""
+        kept = self._results[:first]
+        self._forgotten += len(self._results) - len(kept)
+        self._results, self._asked = kept, len(kept)
+
+    def _leave_loop(self) -> None:
+        self._forget(self._outside)
+        self._outside = None
 
     def agreed(self, result: Mapping[str, float]) -> None:
         """Remember what was agreed."""
@@ -190,18 +253,21 @@ class Progress:
         self._resuming = self._number >= 0
         self._results = list(state["results"])
         self._before, self._forgotten = state["before"], state["forgotten"]
+        self._iteration = self._pushed = self._agreements
+        self._pushed_step = self.step
         self._restored, self._scheduled, self.resumed = state["kept"], state["schedule"], True
 
     def _now(self) -> dict[str, Any]:
+        results = self._results[: self._outside]
         return {
             "step": self.step,
             "pass_step": self.pass_step,
             "taken": self.taken,
             "number": self._number,
             "begun": self._begun,
-            "results": list(self._results),
+            "results": results,
             "before": self._before,
-            "forgotten": self._forgotten,
+            "forgotten": self._agreements - len(results),
             "schedule": copy.deepcopy(self.schedule.state_dict()) if self.schedule is not None else None,
             "kept": {name: copy.deepcopy(one.state_dict()) for name, one in self._kept.items()},
         }

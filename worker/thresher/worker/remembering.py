@@ -45,7 +45,7 @@ class Remembering:
         self._who, self._folder = f"worker {settings.rank}", settings.state_dir
         self._path = Path()
         self._memory: Memory | None = None
-        self._means: list[Tensor] = []  # made since the last push
+        self._means: list[Tensor | None] = []  # made since the last push
         self._asked = 0  # how many of them the user's loop has been given
         self.kept: dict[str, Any] | None = None
         if self._folder is None:
@@ -137,7 +137,7 @@ class Remembering:
             }
         )
 
-    def mean(self, rounds: Rounds, vector: Tensor) -> Tensor:
+    def mean(self, rounds: Rounds, vector: Tensor) -> Tensor | None:
         """Return the mean of all workers' ``vector``, [numel] float32; what it was, where it was made before a kill.
 
         Such a round moves the shards on by one, like a push; so it is kept that it begins, and what it came to.

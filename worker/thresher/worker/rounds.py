@@ -1,33 +1,35 @@
 """Rounds with all shards: what this worker sends is cut along the slices, and what comes back is followed."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, final
+from functools import partial
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from thresher.protos.codec import decode, encode
 from thresher.protos.consistency import Consistency
-from thresher.protos.errors import BehindError, DataLossError, LostHistoryError, RoundFailedError
+from thresher.protos.errors import BehindError, LostHistoryError, RoundFailedError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import overrides_to_messages
 from thresher.protos.optimizers import OptimizerSpec, Override
-from thresher.protos.replica import Replica
 from thresher.protos.sealed import membership_from_message, membership_to_message
 from thresher.protos.snapshots import pack_state
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Membership, Presence, Update, pack_presence
 from thresher.v1 import aggregation_pb2 as pb
+from thresher.worker.calls import pauses
 from thresher.worker.client import Returned, Settled, Told
-from thresher.worker.following import following
 from thresher.worker.joining import JoinedShard
-
-_POLL_SECONDS: Final = 0.1
+from thresher.worker.reunion import catch_up, refill
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Pending = tuple[bytes, bytes]
 """A push and its frame, as they are kept until they are answered."""
@@ -149,10 +151,11 @@ class Rounds:
             self.await_admission()
         return outcome
 
-    def mean(self, vector: Tensor) -> Tensor:
+    def mean(self, vector: Tensor) -> Tensor | None:
         """Return the mean of all workers' ``vector``, [numel] float32: a round that leaves the model as it is.
 
-        All workers must take part.
+        All workers must take part; None for one whose round was closed without it, or is no longer remembered, because
+        it was away for longer than its lease.
         """
         whole = SparseGradient.dense(vector)
         self._pending = []
@@ -161,8 +164,8 @@ class Rounds:
             frame = encode(whole.slice(shard.slice.begin, shard.slice.end))
             self._pending.append((push.SerializeToString(), frame))
         self.send()
-        updates = self.finish().updates
-        return torch.cat([update.mean.densify() for update in updates if update.mean is not None])
+        means = [update.mean.densify() for update in self.finish().updates if update.mean is not None]
+        return torch.cat(means) if len(means) == len(self.shards) else None
 
     # Leaving
 
@@ -180,6 +183,7 @@ class Rounds:
             kept = residual[shard.slice.begin : shard.slice.end]
             leave = pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=counted)
             shard.client.leave(leave, pack_state({}, buffers) if buffers and index == 0 else b"")
+            self._insist(shard, shard.client.wait_left)
 
     def abort(self, reason: str) -> None:
         """Give up: the run fails."""
@@ -195,17 +199,16 @@ class Rounds:
         """Return the members' mean of ``values``. All shards are asked, so that none waits for a push meanwhile."""
         for shard in self.shards:
             shard.client.ask(number, values)
-        first, *_ = [self._agreed(shard, number) for shard in self.shards]
+        first, *_ = [self._insist(shard, partial(shard.client.wait_agreed, number)) for shard in self.shards]
         return first
 
-    def _agreed(self, shard: JoinedShard, number: int) -> Mapping[str, float]:
+    def _insist(self, shard: JoinedShard, answer: Callable[[], T]) -> T:
+        """Return a shard's answer; where it and this worker have to find together first, it is asked again."""
         while True:
             try:
-                return shard.client.wait_agreed(number)
-            except BehindError:  # outside lockstep the others go on meanwhile; what was asked is asked again
-                self._catch_up(shard)
-            except LostHistoryError as error:
-                self._refill(shard, error)
+                return answer()
+            except (BehindError, LostHistoryError) as error:  # outside lockstep the others go on meanwhile
+                self._find_together(shard, error)
 
     # Coming back
 
@@ -256,19 +259,18 @@ class Rounds:
         begin, patience = time.monotonic(), first.client.longest_wait
         where = f"at version {first.follower.version} of {first.client}"
         _logger.warning("worker %d waits to be let in %s", self.rank, where)
-        while self.rank not in self.membership.ranks:
+        for pause in pauses():
+            if self.rank in self.membership.ranks:
+                break
             if time.monotonic() > begin + patience:
                 raise RoundFailedError(
                     f"worker {self.rank} waits to be let in {where}, and no round has ended for {patience:.0f} s; look "
                     "at what the others do, whom the shard's log names"
                 )
-            if first.client.silent:  # one who comes when all have left belongs to the run at once, without an update
-                time.sleep(_POLL_SECONDS)
+            if self._follow(first, pause) is None:  # who comes when all have left belongs to the run without an update
                 answer = first.client.calls.register(first.client.registration)
                 if answer.version == first.follower.version:
                     self._hear_of_members(membership_from_message(answer.membership), answer.version)
-            else:
-                self._follow(first)
         for shard in others:
             while shard.follower.version < first.follower.version:
                 self._follow(shard)
@@ -286,29 +288,29 @@ class Rounds:
         push = pb.Push.FromString(said)
         found: Update | None = None
         returned = self._settled[index] and self._was_returned(shard, step)
-        while not self._is_done(index, shard, found, only_mean=push.only_mean):
+        while not self._is_done(index, shard):
             told = self._follow(shard)
             match told:
-                case Returned(_, reason):
+                case Returned(step=of, reason=reason) if of == step:  # an earlier one may be told twice
                     level = logging.WARNING if self._consistency.lockstep else logging.INFO
                     _logger.log(level, "worker %d has step %d back from %s: %s", self.rank, step, shard.client, reason)
                     returned = self._settled[index] = True
-                case Settled():
+                case Settled(step=of) if of == step:
                     self._settled[index] = True
                 case Update() if self._contains(told, push):
                     found, self._settled[index] = told, True
                 case _:
-                    self._settled[index] = self._settled[index] or shard.answer.settled_steps > step
+                    pass
         shard.client.answered()
         if found is not None:
             outcome.updates.append(found)
         if returned and frame and not push.only_mean:
             outcome.returned.append((shard.slice, decode(frame, numel=shard.slice.numel)))
 
-    def _is_done(self, index: int, shard: JoinedShard, found: Update | None, *, only_mean: bool) -> bool:
+    def _is_done(self, index: int, shard: JoinedShard) -> bool:
         """True when the push has its verdict, and this worker is where the round has left the shard."""
         arrived = not self._consistency.lockstep or shard.follower.version > self.number
-        return self._settled[index] and arrived and not shard.repeats and (found is not None or not only_mean)
+        return self._settled[index] and arrived and not shard.repeats
 
     def _was_returned(self, shard: JoinedShard, step: int) -> bool:
         answer = shard.answer
@@ -320,15 +322,12 @@ class Rounds:
         # A round may have been closed without this worker; then its push comes back.
         return update.version == push.step + 1 and (push.skipped or self.rank in update.contributors)
 
-    def _follow(self, shard: JoinedShard) -> Told | None:
-        """Take what a shard says next; None where this worker and the shard had to find together first."""
+    def _follow(self, shard: JoinedShard, seconds: float = math.inf) -> Told | None:
+        """Take what a shard says next; None where it says nothing for so long, or both had to find together first."""
         try:
-            told = shard.client.wait()
-        except BehindError:
-            self._catch_up(shard)
-            return None
-        except LostHistoryError as error:
-            self._refill(shard, error)
+            told = shard.client.wait(seconds)
+        except (BehindError, LostHistoryError) as error:
+            self._find_together(shard, error)
             return None
         if isinstance(told, Update):
             shard.repeats = False
@@ -352,37 +351,13 @@ class Rounds:
         for rank in sorted(after - before):
             _logger.info("worker %d: worker %d is let in at version %d of %s", self.rank, rank, version, first.client)
 
-    def _catch_up(self, shard: JoinedShard) -> None:
-        """Begin again from a snapshot: what this worker lacks is no longer in the shard's log."""
-        shard.repeats = False
-        snapshot = shard.client.calls.snapshot(shard.client.longest_wait)
-        shard.follower = following(shard.slice, self._optimizer, snapshot)
-        if shard is self.shards[0] and snapshot.membership.epoch > self.membership.epoch:
-            self._hear_of_members(snapshot.membership, snapshot.history.version)
-        shard.overrides = self._optimizer.overrides(snapshot.optimizer.groups)
-        shard.threshold = snapshot.threshold
-        shard.answer = shard.client.reopen(snapshot.history)
-
-    def _refill(self, shard: JoinedShard, error: LostHistoryError) -> None:
-        """Give a shard that has lost its state this worker's replica.
-
-        Raises:
-            DataLossError: where a replica is not all that the shard knew.
-        """
-        follower, shard.repeats = shard.follower, False
-        if not self._consistency.lockstep or not isinstance(follower, Replica):
-            raise DataLossError(
-                f"{error}. Only in lockstep, with updates downlink, a worker's replica replaces it; restore its state "
-                "folder, or start anew from the last model"
-            ) from error
-        refill = pb.Refill(
-            history=shard.client.history,
-            overrides=overrides_to_messages(shard.overrides),
-            next_threshold=shard.threshold,
-            membership=membership_to_message(self.membership),
-        )
-        registration = shard.client.registration
-        data = pack_state(follower.state(), self._untrained() if shard is self.shards[0] else {})
-        shard.client.calls.register(registration)
-        shard.client.calls.seed(registration.rank, registration.incarnation, data, refill)
-        shard.answer = shard.client.reopen(shard.client.history)
+    def _find_together(self, shard: JoinedShard, error: BehindError | LostHistoryError) -> None:
+        """Begin again with a shard: from its state, or from this worker's where the shard has lost its own."""
+        is_first = shard is self.shards[0]
+        if isinstance(error, LostHistoryError):
+            untrained = self._untrained() if is_first else {}
+            refill(shard, error, lockstep=self._consistency.lockstep, membership=self.membership, untrained=untrained)
+            return
+        snapshot = catch_up(shard, self._optimizer)
+        if is_first and snapshot.membership.epoch > self.membership.epoch:
+            self._hear_of_members(snapshot.membership, snapshot.version)

@@ -1,8 +1,6 @@
 """The step: gather → compress → push → wait → replay → copy back. `Session._exchange` tells it on one screen."""
 
-import atexit
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thresher.protos.errors import NonFiniteGradientError, ProtocolError, ThresherError
+from thresher.protos.errors import NonFiniteGradientError, ProtocolError
 from thresher.protos.faults import reached
 from thresher.protos.optimizers import OptimizerSpec, hyperparameters_of, spec_of
 from thresher.protos.sparse import SparseGradient
@@ -32,7 +30,7 @@ from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings, settings_from
 from thresher.worker.statistics import WorkerStatistics
 from thresher.worker.step_hooks import StepHooks
-from thresher.worker.termination import EXIT_STATUS, Termination
+from thresher.worker.termination import EXIT_STATUS, Termination, failure
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Session:
         self._rounds = Rounds(settings.rank, (), settings.consistency, _NO_OPTIMIZER, dict)
         self._progress = Progress()
         self._remembering: Remembering | None = None
-        self._termination = Termination()
+        self._termination = Termination(self._leave)
         self._metrics: WorkerMetrics | None = None
         self._selection: Selection | None = None
         self._statistics = WorkerStatistics(settings.rank)
@@ -142,7 +140,6 @@ class Session:
         except BaseException:
             self._end()
             raise
-        atexit.register(self._at_exit)
         self._termination.listen()
         self._restart()
         self._count(None, compress_seconds=0.0, wait_seconds=0.0)
@@ -172,11 +169,21 @@ class Session:
         same number of steps. The global generators of torch, numpy and random are seeded anew for each batch, before
         it is fetched and before it is yielded, so that what a step draws depends neither on the steps before nor on how
         its data were loaded. Among several batches of one step each has a key of its own.
+
+        A worker that was killed goes on behind the batches it had taken; variables of the loop, such as the number that
+        ``enumerate`` counts, begin anew: count with `step`, and `keep` what else must go on.
+
+        Raises:
+            ProtocolError: when another pass is not over yet.
         """
         yield from keyed_batches(loader, self._progress, seed=self._settings.seed, rank=self.rank, workers=self.workers)
 
     def passes(self, count: int) -> Iterator[int]:
-        """Yield 0 … ``count`` - 1, as ``range(count)`` does; a worker that was killed begins at the pass it was in."""
+        """Yield 0 … ``count`` - 1, as ``range(count)`` does; a worker that was killed begins at the pass it was in.
+
+        Raises:
+            ProtocolError: when it is called for a second time.
+        """
         return self._progress.passes(count)
 
     def keep(self, **objects: object) -> None:
@@ -194,13 +201,14 @@ class Session:
         """Return the members' mean of some numbers, such as losses; all must ask for the same, in the same order.
 
         Raises:
-            ProtocolError: before `wrap`, or when the members ask for different ones.
+            ProtocolError: before `wrap`, when the members ask for different ones, or for the 65th time since the
+                iteration of the last push began: the shards remember 64 for a worker that is killed.
             RoundFailedError: when some have not asked by the deadline; the shard's log names them.
         """
         self._selecting  # noqa: B018 - it refuses before `wrap`
         agreed = self._progress.repeated()
         if agreed is None:
-            agreed = self._rounds.agree(self._progress.agreements, values)
+            agreed = self._rounds.agree(self._progress.next_agreement(), values)
             self._progress.agreed(agreed)
         return agreed
 
@@ -221,7 +229,6 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._at_exit)
         try:
             if self._rounds.shards:
                 self._model.assign(self._rounds.pieces)  # all workers end with the same parameters
@@ -237,7 +244,6 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._at_exit)
         self._rounds.abort(reason)
         self._end()
 
@@ -248,11 +254,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave, or abort when the block raised."""
-        if error is None:
-            self.close()
-        else:
-            self.abort(f"{type(error).__name__}: {error}")
+        """Leave, or abort when the block raised; ``sys.exit(0)`` is no failure."""
+        self._leave(error)
 
     @contextmanager
     def evaluating(self, point: EvaluationPoint = "synced") -> Iterator[None]:
@@ -298,7 +301,7 @@ class Session:
         if gradient is not None:
             self._placement.take(*gradient, groups)
         if (self.step + 1) % self._settings.method.period and not leaving:
-            self._progress.end_step()
+            self._progress.end_step(pushed=False)
             self._show()
             return
         message = self._placement.message()
@@ -377,16 +380,13 @@ class Session:
 
     # Leaving
 
-    def _at_exit(self) -> None:
-        """Leave when the script ends; give up when it ends by an exception."""
-        error = getattr(sys, "last_value", None)
-        try:
-            if error is None:
-                self.close()
-            else:
-                self.abort(f"{type(error).__name__}: {error}")
-        except ThresherError as failure:
-            _logger.error("%s", failure)  # noqa: TRY400 - it says all; a traceback of the exit would not help
+    def _leave(self, error: BaseException | None) -> None:
+        """Leave when the script, or its block, ends; give up when it ends by a failure."""
+        reason = failure(error)
+        if reason is None:
+            self.close()
+        else:
+            self.abort(reason)
 
     def _publish_state(self) -> None:
         self._model.publish_state(self._placement.state([shard.follower for shard in self._rounds.shards]))

@@ -1,38 +1,74 @@
-"""A spot notice: SIGTERM asks a worker to send what it has kept back with its next step, and to leave."""
+"""How a worker's process ends: by SIGTERM, a spot notice; at the end of its script; or by an exception."""
 
+import atexit
+import logging
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from typing import Final, final
+
+from thresher.protos.errors import ThresherError
+
+_logger = logging.getLogger(__name__)
 
 EXIT_STATUS: Final = 128 + signal.SIGTERM
 
 
+def failure(error: BaseException | None) -> str | None:
+    """Say what failed; None where nothing did, as after ``sys.exit(0)``."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return None
+    return f"{type(error).__name__}: {error}"
+
+
 @final
 class Termination:
-    """Hears SIGTERM. A second one ends the process at once.
+    """Hears that the process is to end, or ends.
+
+    SIGTERM asks a worker to send what it has kept back with its next step, and to leave. A second one ends the process
+    at once; so does the first one in a process that was forked from this one.
+
+    Args:
+        leave: Called at the end of the script, with the exception that has ended it, if one has.
 
     Attributes:
-        noticed: True once it has come.
+        noticed: True once SIGTERM has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[BaseException | None], None]) -> None:
         """Begin deaf."""
+        self._leave = leave
         self.noticed = False
+        self._process = 0
+        self._earlier: object = None
 
     def listen(self) -> None:
-        """Take over SIGTERM, unless the script has a handler of its own, or this is not the main thread."""
+        """Wait for the end; take over SIGTERM, unless the script has a handler, or this is not the main thread."""
+        self._process, self._earlier = os.getpid(), getattr(sys, "last_value", None)
+        atexit.register(self.at_exit)
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._heard)
 
     def ignore(self) -> None:
-        """Give SIGTERM back its usual effect, if it was taken over here."""
+        """Wait no longer; give SIGTERM back its usual effect, if it was taken over here."""
+        atexit.unregister(self.at_exit)
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) == self._heard:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def at_exit(self) -> None:
+        """Leave; an exception that a notebook's cell had left before `listen` has not ended the script."""
+        error = getattr(sys, "last_value", None)
+        try:
+            self._leave(None if error is self._earlier else error)
+        except ThresherError as failed:
+            _logger.error("%s", failed)  # noqa: TRY400 - it says all; a traceback of the exit would not help
+
     def _heard(self, *_: object) -> None:
-        if self.noticed:
+        if self.noticed or os.getpid() != self._process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
         self.noticed = True
