@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 DATA ?= ../shared/data
 TRAIN_OPTIONS ?= --shards 2 --workers 4 --density 0.01 --baseline
 TEST_OPTIONS ?= -m "not slow"
-TEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+TEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
 STORM_OPTIONS ?= --kills 200 --other-kills 50 --steps 500
 
 VENV := .venv

@@ -27,6 +27,8 @@ from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker import Method
 from thresher.worker.calls import ShardCalls
 
+pytestmark = pytest.mark.xdist_group("launch_survives")  # its runs are made once, by one process
+
 OPTIONS = ("--workers", "2", "--density", "0.05", "--restart-delay", "0.1")
 EPOCHS = 15  # of 8 steps each
 TROUBLE = "if session.rank == 1 and session.step == 30: raise KeyError('no such pixel')"
@@ -249,11 +251,13 @@ def parted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Run
             yield folder, goes_on.watch(lambda _: None)
 
 
+@pytest.mark.slow
 def test_who_has_left_is_never_started_again(parted: tuple[Path, RunResult]) -> None:
     """Neither when it is killed behind its goodbye nor on --resume, also where shards do not answer at once."""
     assert (parted[0] / "worker-1.log").read_text(encoding="utf-8").count("begins") == 1
 
 
+@pytest.mark.slow
 def test_shards_that_end_at_different_versions_end_a_run_well(parted: tuple[Path, RunResult]) -> None:
     """With --max-staleness each shard returns pushes for itself: the model is saved, and says of which versions."""
     folder, result = parted

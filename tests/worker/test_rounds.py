@@ -29,7 +29,9 @@ def test_the_mean_of_what_the_workers_bring() -> None:
 
     def work(session: Session) -> Tensor:
         begin(session)
-        return session._rounds.mean(torch.arange(8.0) * (session.rank + 1))
+        mean = session._rounds.mean(torch.arange(8.0) * (session.rank + 1))
+        assert mean is not None
+        return mean
 
     with in_process(shards=3, workers=2) as cluster:
         for found in cluster.run(work):

@@ -30,7 +30,7 @@ class _VerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTy
     VERDICT_APPLIED: _Verdict.ValueType  # 1
     """It is part of a round."""
     VERDICT_DUPLICATE: _Verdict.ValueType  # 2
-    """It had been applied before; nothing changed."""
+    """It has come before, and waits for its verdict; nothing changed."""
     VERDICT_RETURNED: _Verdict.ValueType  # 3
     """It came too late; the worker puts the values back into its residual."""
     VERDICT_REJECTED: _Verdict.ValueType  # 4
@@ -44,7 +44,7 @@ VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
 VERDICT_APPLIED: Verdict.ValueType  # 1
 """It is part of a round."""
 VERDICT_DUPLICATE: Verdict.ValueType  # 2
-"""It had been applied before; nothing changed."""
+"""It has come before, and waits for its verdict; nothing changed."""
 VERDICT_RETURNED: Verdict.ValueType  # 3
 """It came too late; the worker puts the values back into its residual."""
 VERDICT_REJECTED: Verdict.ValueType  # 4
@@ -969,7 +969,7 @@ global___ExchangeRequest = ExchangeRequest
 
 @typing.final
 class PushResult(google.protobuf.message.Message):
-    """Answer to a push that is not answered by an update: a duplicate or a refusal."""
+    """Answer to a push that is not answered by an update: said again, returned or refused."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1054,7 +1054,7 @@ class Update(google.protobuf.message.Message):
 
     @property
     def membership(self) -> global___Membership:
-        """Who belongs to the run from now on, where that has changed."""
+        """Who belongs to the run from now on, where that has changed; with assignments of the first shard always."""
 
     def __init__(
         self,

@@ -88,9 +88,8 @@ def join(
     slices = model.layout.slices(len(settings.addresses))
     request = _registration(settings, model, spec, placement)
     request.metrics_address = metrics_address
-    who = f"worker {settings.rank}"
     calls = [
-        ShardCalls(shard, address, who, settings.credentials, settings.reconnect_timeout)
+        ShardCalls(shard, address, f"worker {settings.rank}", settings.credentials, settings.reconnect_timeout)
         for shard, address in enumerate(settings.addresses)
     ]
     joined: list[JoinedShard] = []
