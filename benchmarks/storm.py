@@ -42,7 +42,7 @@ from thresher.worker.calls import ShardCalls
 SHARDS: Final = 2
 WORKERS: Final = 4
 CHECKPOINT_EVERY: Final = 5
-SHARD_PHASES: Final = ("round open", "apply", "append", "checkpoint", "recovery")
+SHARD_PHASES: Final = ("round open", "apply", "append", "tell", "checkpoint", "recovery")
 WORKER_PHASES: Final = ("gradient", "compress", "flip", "in flight")
 MODES: Final = {
     "sync": Consistency(),

@@ -117,7 +117,7 @@ def steps(count: int) -> Callable[[Session], torch.Tensor]:
     return work
 
 
-@pytest.mark.parametrize("phase", ["round open", "apply", "append", "checkpoint"])
+@pytest.mark.parametrize("phase", ["round open", "apply", "append", "tell", "checkpoint"])
 def test_a_shard_killed_anywhere_and_started_again_changes_no_bit(tmp_path: Path, phase: str) -> None:
     """A plan of faults strikes at one shard, which goes on from its folder: the parameters are those without it."""
     with in_process(shards=2, workers=2) as cluster:

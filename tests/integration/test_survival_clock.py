@@ -74,7 +74,7 @@ def test_a_look_at_the_wall_clock_is_seen(code: str) -> None:
 def run_with_a_kill(folder: Path) -> list[float]:
     """Parameters of a run in lockstep, in whose course a shard dies and comes back."""
     with in_process(shards=2, workers=WORKERS, method=SPARSE, state_dir=folder, checkpoint_every=2) as cluster:
-        plan = Plan(cluster, "append")
+        plan = Plan(cluster, "tell")
         with faults.plan(plan):
             results = living(cluster, partial(train, momentum=0.5))
     assert plan.struck == ["shard 1"]

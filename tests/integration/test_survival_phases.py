@@ -84,7 +84,7 @@ class Plan:
         if self._phase == where == "recovery" and self._seen[where] == 1:
             self.struck.append(who)
             raise Killed
-        if self._phase == "recovery" and where == "append" and self._seen[where] == 3:
+        if self._phase == "recovery" and where == "tell" and self._seen[where] == 3:
             self._cluster.kill(1)
             with suppress(Killed):
                 self._cluster.start(1)

@@ -80,7 +80,7 @@ def test_places_are_reached_in_the_order_of_the_promise(tmp_path: Path) -> None:
 
     with closing(opened(tmp_path)) as journal, plan(strike):
         run(scenario, journal=journal)
-    once = [("round open", 0), ("apply", 0), ("append", 1)]
+    once = [("round open", 0), ("apply", 0), ("tell", 1)]
     assert seen == [*once, *((phase, count + 1) for phase, count in once), ("checkpoint", 2)]
 
 

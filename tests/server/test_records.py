@@ -219,3 +219,22 @@ def test_a_file_that_cannot_be_begun_raises(tmp_path: Path) -> None:
     """A header that does not fit is told as the system tells it."""
     with no_file_longer_than(4), pytest.raises(OSError, match="File too large"):
         LogFile(tmp_path / "log", GENERATION, sync=True)
+
+
+def test_a_file_that_is_closed_in_the_middle_of_a_record_is_written_to_no_more(tmp_path: Path) -> None:
+    """As when its shard is killed there, in a process that goes on: the tail is torn, and whoever opens it cuts it."""
+
+    def strike() -> None:
+        if armed:
+            log.close()
+
+    path, armed = tmp_path / "log", False
+    log = LogFile(path, GENERATION, between=strike)
+    log.append(b"whole")
+    size, armed = path.stat().st_size, True
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        log.append(b"half of it")
+    assert size < path.stat().st_size < size + len(b"half of it") + RECORD_OVERHEAD
+    found = inspect_log(path, GENERATION)
+    assert found.end == size
+    assert found.problem

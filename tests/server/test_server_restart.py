@@ -94,7 +94,7 @@ def test_a_shard_killed_at_any_place_goes_on_as_if_it_had_not_been(tmp_path: Pat
                 heard = pb.History(run=run, version=step + 1, digest=update.digest)
         undisturbed = end_of(served, talks, tmp_path / "undisturbed")
     assert {image.name.split(maxsplit=1)[1] for image, _ in images} == {
-        "round open", "apply", "append", "checkpoint"
+        "round open", "apply", "append", "tell", "checkpoint"
     }  # fmt: skip
     for image, history in images:
         step = history.version
@@ -148,13 +148,27 @@ def started(folder: Path, *, armed: str) -> Iterator[tuple[Served, "subprocess.P
             process.kill()
 
 
+def test_a_record_that_a_kill_cut_in_half_is_made_once_more(tmp_path: Path) -> None:
+    """With a real SIGKILL in the middle of it: nobody was told of the round, and the workers say their pushes again."""
+    with started(tmp_path, armed="never") as (served, process):
+        talks = served.join()
+        history = told(served, make_rounds(talks, range(2)))
+        (tmp_path / "faults" / "shard-0").write_text("append", encoding="utf-8")
+        for talk in talks:
+            talk.say(*push(2, frame_of(1.0)))
+        assert process.wait(60) == -signal.SIGKILL
+    with restarted(tmp_path) as served:
+        assert served.snapshot()[0] == 2
+        make_rounds(served.come_back(history, history), range(2, 5))
+
+
 def test_a_process_that_kills_itself_comes_back_with_all_it_had_told(tmp_path: Path) -> None:
     """With a real SIGKILL between the journal and those who wait for the answer: the round is there, once."""
     history = pb.History()
     with started(tmp_path, armed="never") as (served, process):
         talks = served.join()
         history = told(served, make_rounds(talks, range(2)))
-        (tmp_path / "faults" / "shard-0").write_text("append", encoding="utf-8")
+        (tmp_path / "faults" / "shard-0").write_text("tell", encoding="utf-8")
         for talk in talks:
             talk.say(*push(2, frame_of(1.0)))
         assert process.wait(60) == -signal.SIGKILL

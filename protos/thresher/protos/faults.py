@@ -16,10 +16,12 @@ Plan = Callable[[str, str], None]
 """Called with who (``shard 1``) and where (``append``); what it raises strikes there."""
 
 PHASES: Final = (
-    "gradient", "compress", "flip", "in flight", "round open", "apply", "append", "checkpoint", "recovery",
+    "gradient", "compress", "flip", "in flight",
+    "round open", "apply", "append", "tell", "checkpoint", "recovery",
 )  # fmt: skip
 """The places: at a worker a gradient is there, is compressed, is half kept, is on its way; at a shard a push has come,
-a round is applied in memory, is on disk and told to nobody, a checkpoint is being written, a recovery is half done."""
+a round is applied in memory, a record of it is half written, is on disk and told to nobody, a checkpoint is being
+written, a recovery is half done."""
 
 VARIABLE: Final = "THRESHER_FAULTS"
 

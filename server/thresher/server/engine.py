@@ -241,7 +241,7 @@ class Engine:
             reached(self._name, "apply")  # done in memory, and nowhere else
         self._insist(lambda: journal.append(record_to_bytes(record)))
         if closed:
-            reached(self._name, "append")  # on disk, and told to nobody
+            reached(self._name, "tell")  # on disk, and told to nobody
 
     def _checkpoint(self, checkpoint: effects.Checkpoint) -> None:
         journal = self._journal

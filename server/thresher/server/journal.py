@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,17 +61,20 @@ class Journal:
         keep: checkpoints that are kept. The log since the oldest of them is kept too, so that a damaged checkpoint
             costs a longer replay and nothing else. The beginning counts as one until there are enough.
         sync: whether `append` waits for the disk.
+        between: called when half of a record is written.
 
     Raises:
         ConfigurationError: ``keep`` is less than 1.
         JournalError: the folder is in use by another process, cannot be written to, or is none.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, sync: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 3, sync: bool = False, between: Callable[[], None] = lambda: None
+    ) -> None:
         """Make and lock the folder; `recover` opens what is in it."""
         if keep < 1:
             raise ConfigurationError(f"a journal must keep at least 1 checkpoint, not {keep}")
-        self._folder, self._keep, self._sync = folder, keep, sync
+        self._folder, self._keep, self._sync, self._between = folder, keep, sync, between
         self._log: LogFile | None = None
         self._records_behind = 0  # bytes of records since the last checkpoint that are not in the file appended to
         self._bytes_behind = 0  # bytes of all other files
@@ -194,7 +197,7 @@ class Journal:
     def _begin(self, generation: int) -> LogFile:
         path = log_path(self._folder, generation)
         try:
-            return LogFile(path, generation, sync=self._sync)
+            return LogFile(path, generation, sync=self._sync, between=self._between)
         except OSError:
             with suppress(OSError):
                 path.unlink()  # records still go to the file before, which would no longer be the last
@@ -210,7 +213,7 @@ class Journal:
             for path in (*(log.path for log in logs), self._folder):
                 sync_path(path)
         self._prune()  # a life that ends between two steps of this leaves something, and so might the next
-        self._log = LogFile(last.path, last.generation, end=last.end, sync=self._sync)
+        self._log = LogFile(last.path, last.generation, end=last.end, sync=self._sync, between=self._between)
         if not last.problem:
             return []
         return [f"{last.path}: {last.problem} at byte {last.end}; this torn tail was cut off"]

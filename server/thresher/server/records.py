@@ -17,7 +17,7 @@ one: that is how a torn tail, which a kill leaves, is told from damage, which no
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,10 @@ def inspect_log(path: Path, generation: int) -> Inspection:
     return Inspection(path, generation, end)
 
 
+def _nothing() -> None:
+    """Nothing strikes in between."""
+
+
 @final
 class LogFile:
     """A log file that is appended to. Law: whatever fails, the file holds whole records only, or is mended before more.
@@ -108,16 +112,19 @@ class LogFile:
         generation: of the file.
         end: where the whole records end, as `inspect_log` found it; what lies behind is cut off. 0 begins a new file.
         sync: whether each record is on the disk, and not only in the kernel's memory, when `append` returns.
+        between: called when half of a record is written.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, generation: int, *, end: int = 0, sync: bool = False) -> None:
+    def __init__(
+        self, path: Path, generation: int, *, end: int = 0, sync: bool = False, between: Callable[[], None] = _nothing
+    ) -> None:
         """Open the file."""
         self.generation = generation
         self.end = end
-        self._sync = sync
+        self._sync, self._between = sync, between
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._ragged = True
         try:
@@ -136,7 +143,7 @@ class LogFile:
         return self.end - HEADER_BYTES
 
     def append(self, record: bytes) -> None:
-        """Write a record with one call to the kernel.
+        """Write a record.
 
         Raises:
             OSError: it could not be written, or not be synced; the file is as it was. After a failed sync the kernel
@@ -156,14 +163,18 @@ class LogFile:
             self._ragged = False
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; an append that is half done then ends with an error, and writes nothing more."""
         os.close(self._fd)
+        self._fd = -1
 
     def _append(self, data: bytes) -> None:
         self.mend()
         self._ragged = True  # until proven otherwise: whatever stops this leaves something to cut off
         try:
-            _write(self._fd, data, self.end)
+            half = len(data) // 2
+            _write(self._fd, memoryview(data)[:half], self.end)
+            self._between()
+            _write(self._fd, memoryview(data)[half:], self.end + half)
             if self._sync:
                 os.fdatasync(self._fd)
         except OSError:
@@ -187,9 +198,8 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
-def _write(fd: int, data: bytes, offset: int) -> None:
-    """Write all of ``data`` at ``offset``; a full disk or a signal may take only part of it at a time."""
-    rest = memoryview(data)
+def _write(fd: int, rest: memoryview, offset: int) -> None:
+    """Write all of ``rest`` at ``offset``; a full disk or a signal may take only part of it at a time."""
     while rest:
         written = os.pwrite(fd, rest, offset)
         rest, offset = rest[written:], offset + written

@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import final
 from wsgiref.simple_server import WSGIServer
@@ -15,6 +16,7 @@ from prometheus_client import start_http_server
 
 from thresher.protos.credentials import TlsFiles
 from thresher.protos.errors import ConfigurationError
+from thresher.protos.faults import reached
 from thresher.protos.transport import SERVER_OPTIONS, check_address
 from thresher.server.authorization import Gatekeeper, Tokens
 from thresher.server.config import ShardConfig
@@ -106,7 +108,8 @@ class ShardServer:
         self._metrics_server: WSGIServer | None = None
         self._journal = None
         if config.state_dir is not None:
-            self._journal = Journal(config.state_dir, keep=config.checkpoints, sync=config.sync)
+            half = partial(reached, f"shard {shard.shard}", "append")
+            self._journal = Journal(config.state_dir, keep=config.checkpoints, sync=config.sync, between=half)
         try:
             self._recovery = None if self._journal is None else Recovery(self._journal, shard)
         except BaseException:
