@@ -27,7 +27,7 @@ from thresher.server.server import ServerConfig, ShardServer
 from thresher.worker import Method, Session, Settings, connect
 
 WORKERS = 2
-STEPS = 60
+STEPS = 30
 TURNS = 3
 DURABILITIES = ("none", "process", "disk")
 _METHOD = Method(threshold=2.576)  # of normal gradients it keeps 1 %
@@ -68,7 +68,7 @@ def steps(session: Session, numel: int) -> list[float]:
         optimizer.step()
         found.append(perf_counter() - begin)
     session.close()
-    return found[10:]
+    return found[5:]
 
 
 def measured(folder: Path, durability: str, numel: int) -> list[float]:
