@@ -84,6 +84,7 @@ def _ranked(settings: Settings, rank: int) -> Settings:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
     print("| parameters | durability | ms a step | of none |\n| ---: | --- | ---: | ---: |")
     for numel in (100_000, 1_000_000, 10_000_000):
         found: dict[str, list[float]] = {durability: [] for durability in DURABILITIES}
