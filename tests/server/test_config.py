@@ -9,7 +9,7 @@ from thresher.protos.errors import ConfigurationError
 from thresher.server.config import ShardConfig
 
 
-@pytest.mark.parametrize("place", [(-1, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize("place", [(-1, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, -1)])
 def test_a_place_that_does_not_exist_is_refused(place: tuple[int, int, int]) -> None:
     """The message says all three numbers."""
     with pytest.raises(ConfigurationError, match=f"shard {place[0]} of {place[1]} for {place[2]} workers"):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.dialogues import LAYOUT, SSP, register
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import DataLossError
 from thresher.protos.optimizers import Override
 from thresher.protos.sealed import sealed
@@ -53,7 +54,9 @@ def closed_rounds(draw: st.DrawFn) -> Closed:
         membership=draw(memberships | st.none()),
     )
     contribution = Contribution(draw(ranks), draw(numbers), draw(numbers), 7, 4, draw(numbers), draw(st.booleans()))
-    return Closed(sealed(update, b"before"), (contribution,), draw(reals | st.none()), 0.5, 1.5, ((0, 40), (3, 40)))
+    place = draw(st.sampled_from([None, Bookmark(9, 0, 2, 3, ((2, 3), (4, 1)), 5)]))
+    told = ((0, 40), (3, 40))
+    return Closed(sealed(update, b"before"), (contribution,), draw(reals | st.none()), 0.5, 1.5, told, place)
 
 
 records: st.SearchStrategy[Record] = st.one_of(

@@ -63,6 +63,16 @@ def test_what_is_wrong_is_rejected_with_the_reason(wrong: dict[str, Any], reason
     assert reason in found[1]
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_follows_does_not_disagree(who: int) -> None:
+    """Whichever of the two comes first: its schedule is not the others'."""
+    one, other = (push(rank, 2, overrides=LR if rank == who else (), follows=rank == who) for rank in (0, 1))
+    assert judged(after(2), one, None, other) is None
+    found = judged(after(2), replace(one, follows=False), None, replace(other, follows=False))
+    assert found is not None
+    assert "members disagree on hyper-parameters" in found[1]
+
+
 @pytest.mark.parametrize(
     ("step", "changes", "verdict"),
     [

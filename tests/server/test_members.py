@@ -10,7 +10,7 @@ from tests.server.dialogues import register
 
 from thresher.protos.errors import FencedError, ProtocolError, RegistrationError
 from thresher.protos.update import Membership
-from thresher.server.events import Register, Worker
+from thresher.server.events import Register, Verdict, Worker
 from thresher.server.members import MOST_RANKS, Member, Members, MemberState
 
 LEASE = 5.0
@@ -88,6 +88,13 @@ def test_a_wrong_number_of_workers_is_refused(wrong: Register) -> None:
     """Of those the run began with; a shard and a worker that were started with different numbers never meet."""
     with pytest.raises(RegistrationError, match=r"of \d asks to join a run that began with 3 workers"):
         Members(3).check_admission(wrong)
+
+
+def test_a_run_that_has_begun_goes_on_with_any_number_of_workers() -> None:
+    """Once a push has its verdict, all may be started again with another number."""
+    members = Members(3)
+    members.seat(1).settle(0, 7, Verdict.APPLIED)
+    members.check_admission(register(0, workers=2))
 
 
 def test_a_further_rank_may_join() -> None:

@@ -141,6 +141,17 @@ def test_the_folder_of_another_shard_is_refused(
         recovered(tmp_path, ShardConfig(shard, shards, workers))
 
 
+@pytest.mark.parametrize("checkpoint_every", [NO_CHECKPOINTS, 2])
+def test_a_shard_that_was_told_no_number_of_workers_takes_the_one_of_its_folder(
+    tmp_path: Path, checkpoint_every: int
+) -> None:
+    """The first worker had said it."""
+    ran(tmp_path, checkpoint_every)
+    state = recovered(tmp_path, ShardConfig(0, 1, 0)).state
+    assert state is not None
+    assert state.members.membership.ranks == (0,)
+
+
 def again(records: list[bytes]) -> bytes:
     """The newest round once more."""
     return next(record for record in reversed(records) if record[:1] == CLOSED)

@@ -1,5 +1,6 @@
 """What a worker must agree on: each refusal says what differs, and an optimizer that cannot run never gets in."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError, RegistrationError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import SUPPORTED, Hyperparameters, OptimizerSpec, spec_of
 from thresher.server.events import Register, Worker
-from thresher.server.registration import check_bringer, check_registration, check_untrained
+from thresher.server.registration import check_bringer, check_registration, check_untrained, doubts
 
 LAYOUT = Layout((TensorSpec("w", (3,), "float32"), TensorSpec("b", (1,), "float32", group=1)))
 FIRST = Register(
@@ -103,6 +105,26 @@ def test_every_supported_optimizer_is_welcome(name: str) -> None:
 
 
 KEPT = Layout(LAYOUT.trained, (TensorSpec("mean", (2,), "float32"), TensorSpec("seen", (), "int64")))
+PLACE = Bookmark(4, 1, 1, 0, ((2, 4),))
+
+
+@pytest.mark.parametrize(
+    ("workers", "environment", "said"),
+    [
+        (2, (), ""),
+        (2, ("2.13", "AVX2", "4"), r"worker 0 runs on .*results may differ in the last bits$"),
+        (3, (), r"^worker 0 takes its share of the data as one of 3, so far they were dealt for 2: all workers must"),
+        (3, ("2.13", "AVX2", "4"), r"last bits; worker 0 takes its share"),
+    ],
+)
+def test_what_the_operator_should_know_of_a_worker(workers: int, environment: tuple[str, ...], said: str) -> None:
+    """It is let in all the same."""
+    found = doubts(replace(FIRST, workers=workers, environment=environment), FIRST, PLACE)
+    assert re.search(said, found)
+    assert bool(found) == bool(said)
+    assert not doubts(FIRST, None, None)
+
+
 FITTING = {"mean": torch.ones(2), "seen": torch.tensor(3)}
 
 

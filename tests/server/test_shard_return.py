@@ -10,10 +10,12 @@ from tests.server.dialogues import (
     only,
     part_of_two,
     push,
+    register,
     say,
     training,
 )
 
+from thresher.protos.bookmark import Bookmark
 from thresher.server import effects, events
 from thresher.server.events import Verdict, Worker
 
@@ -79,3 +81,14 @@ def test_a_push_for_a_mean_that_nobody_remembers_is_told_its_verdict() -> None:
     say(shard, events.Tick())
     assert say(shard, push(1, 1)) == [effects.Judged(1, Verdict.APPLIED)]
     assert shard.statistics().verdicts == {"applied": 4, "duplicate": 2, "returned": 0, "rejected": 0}
+
+
+def test_a_push_that_is_said_again_may_tell_another_place() -> None:
+    """Its worker was killed, and the data are dealt for another number of workers now; it counts once."""
+    shard = training(2)
+    before, after = Bookmark(1, 1, 1, 0, ((2, 1),)), Bookmark(1, 1, 1, 0, ((3, 1),))
+    say(shard, push(0, 0, bookmark=before))
+    assert say(shard, push(0, 0, bookmark=after)) == [effects.Judged(0, Verdict.DUPLICATE)]
+    say(shard, push(1, 0))
+    assert only(effects.Registered, say(shard, register(0))).bookmark == after
+    assert shard.statistics().version == 1

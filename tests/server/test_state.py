@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.server.dialogues import CONFIG, LAYOUT, Journaled, begin, close_round, lasting, leave, push, register
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import DataLossError, ProtocolError
 from thresher.protos.replica import PARAMETERS
@@ -33,7 +34,8 @@ def closed(version: int, step: int = 0, membership: Membership | None = None, di
     mean = SparseGradient.dense(torch.ones(4))
     update = Update(version, 2, (0,), mean, (True, True), arrivals=((0, step),), membership=membership)
     one = Contribution(0, step, 55, 100, 4, 0, heard=True)
-    return Closed(sealed(update, digest), (one,), 0.25, 1.0, 0.5, ((0, 40),))
+    place = Bookmark(version, 1, 1, 0, ((2, version),))
+    return Closed(sealed(update, digest), (one,), 0.25, 1.0, 0.5, ((0, 40),), place)
 
 
 def test_nothing_is_known_before_the_first_registration() -> None:
@@ -62,6 +64,7 @@ def test_a_closed_round_is_applied_and_counted() -> None:
     assert (seat.push_bytes, seat.pull_bytes, seat.density) == (100, 40, 1.0)
     assert (state.verdicts[Verdict.APPLIED], state.residual_squared_total) == (1, 1.0)
     assert state.members.membership == Membership(3, (0,))
+    assert state.bookmark == Bookmark(1, 1, 1, 0, ((2, 1),))
 
 
 @pytest.mark.parametrize("version", [0, 2, 5])

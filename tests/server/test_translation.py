@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.conversing import LAYOUT, SGD, frame_of, register, zeros
 
+from thresher.protos.bookmark import Bookmark, bookmark_to_message
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, ProtocolError, RegistrationError
 from thresher.protos.optimizers import Override
@@ -37,6 +38,7 @@ from thresher.v1 import aggregation_pb2 as pb
 ME = Worker(3, 9)
 PIECE = LAYOUT.shard_slice(0, 1)
 HISTORY = History(5, 7, b"digest")
+PLACE = Bookmark(5, 1, 2, 3, ((2, 1), (4, 0)), 9)
 
 
 def read(push: pb.Push, frame: bytes = b"", worker: Worker = ME) -> events.Push:
@@ -79,12 +81,12 @@ def test_what_is_kept_of_a_worker_for_people_is_bounded(name: str) -> None:
 
 def test_the_answer_to_a_registration_is_written_whole() -> None:
     """Where the shard is, what became of the rank's pushes, and how long an answer may take."""
-    answer = effects.Registered(HISTORY, True, 4, True, Verdict.RETURNED, Membership(2, (0, 3)), 6)
+    answer = effects.Registered(HISTORY, True, 4, True, Verdict.RETURNED, Membership(2, (0, 3)), 6, PLACE)
     config = ShardConfig(0, 1, 2, start_timeout=100.0, round_timeout=50.0, lease=20.0)
     assert registered_to_message(answer, config) == pb.RegisterResponse(
         run=5, version=7, seeded=True, answer_timeout=170.0, settled_steps=4, in_open_round=True,
         last_verdict=pb.VERDICT_RETURNED, membership=pb.Membership(epoch=2, ranks=[0, 3]), agreements=6,
-        round_timeout=50.0, lease=20.0,
+        round_timeout=50.0, lease=20.0, bookmark=bookmark_to_message(PLACE),
     )  # fmt: skip
 
 
@@ -101,23 +103,31 @@ def test_a_push_is_read_whole() -> None:
     override = pb.Override(group=0, name="lr", value=pb.Value(number=0.5))
     message = pb.Push(
         step=4, version=2, presence=b"\x02", overrides=[override], residual_squared=1.5, next_threshold=0.25,
-        only_mean=True, membership=pb.Membership(epoch=1, ranks=[0]), lost=True,
+        only_mean=True, membership=pb.Membership(epoch=1, ranks=[0]), lost=True, bookmark=bookmark_to_message(PLACE),
+        follows=True,
     )  # fmt: skip
     event = read(message)
     assert event == events.Push(
         ME, 4, 2, None, (False, True), (Override(0, "lr", 0.5),), 1.5, 0.25, True, Membership(1, (0,)), True, 123,
-        event.content,
+        event.content, PLACE, True,
     )  # fmt: skip
     plain = read(pb.Push(step=4), frame_of(1.0))
     assert (plain.next_threshold, plain.membership, plain.presence) == (None, None, (True, True))
+    assert plain.bookmark is None
     assert plain.gradient is not None
 
 
 @pytest.mark.parametrize(
-    "fields", [{"presence": b"\xff"}, {"presence": b"\x01\x01"}, {"membership": pb.Membership(ranks=[1, 0])}]
+    "fields",
+    [
+        {"presence": b"\xff"},
+        {"presence": b"\x01\x01"},
+        {"membership": pb.Membership(ranks=[1, 0])},
+        {"bookmark": pb.Bookmark()},
+    ],
 )
 def test_a_push_of_something_else_is_refused(fields: dict[str, object]) -> None:
-    """Other tensors than the shard has, or a membership that is no list of ranks."""
+    """Other tensors than the shard has, a membership that is no list of ranks, a bookmark of no place."""
     message = pb.Push(**fields)  # type: ignore[arg-type] # of the right types
     with pytest.raises(ProtocolError):
         read(message)
@@ -131,12 +141,14 @@ CHANGES: list[dict[str, object]] = [
 
 
 def test_every_change_of_a_push_changes_what_identifies_it() -> None:
-    """Equal for a repetition, also by one who has since heard of another membership; different for anything else."""
+    """Equal for a repetition, also by one who knows another membership or place since; different for anything else."""
     same = pb.Push(step=4, version=4)
     content = read(same, frame_of(1.0)).content
     assert read(same, frame_of(1.0)).content == content
     knowing = pb.Push(step=4, version=4, membership=pb.Membership(epoch=9, ranks=[0, 1]))
     assert read(knowing, frame_of(1.0)).content == content
+    elsewhere = pb.Push(step=4, version=4, bookmark=bookmark_to_message(PLACE))
+    assert read(elsewhere, frame_of(1.0)).content == content
     others = [read(pb.Push(**{"step": 4, "version": 4} | change), frame_of(1.0)).content for change in CHANGES]  # type: ignore[arg-type] # of the right types
     assert len({content, *others, read(same, frame_of(2.0)).content, read(same).content}) == len(CHANGES) + 3
     assert all(0 < one < 2**64 for one in others)

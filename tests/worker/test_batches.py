@@ -1,7 +1,8 @@
 """Shares of a pass: every sample once, everybody the same number of batches, one order for all."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,15 @@ def test_all_kinds_of_loaders_are_dealt_without_repetition(name: str) -> None:
     assert shares(LOADERS[name], 2) == found
 
 
+RESIZED: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: loader_of(23, batch_size=2, shuffle=True),
+    "uneven": lambda: loader_of(23, batch_size=3, shuffle=True),
+    "dropped": lambda: loader_of(23, batch_size=2, shuffle=True, drop_last=True),
+    "batch sampler": lambda: loader_of(23, batch_sampler=BatchSampler(RandomSampler(range(23)), 2, drop_last=False)),
+    "stream": lambda: DataLoader(Stream(), batch_size=2),
+}
+
+
 def test_a_weighted_sampler_draws_the_same_on_all_ranks() -> None:
     """Sampling with replacement: the ranks' shares interleave to the one sequence that one worker would see."""
 
@@ -148,6 +158,42 @@ def test_streams_are_dealt_in_whole_hands(size: int, workers: int) -> None:
     assert sorted(sample for batches in found for batch in batches for sample in batch) == list(
         range(size - size % workers)
     )
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["shuffled", "uneven", "dropped", "batch sampler", "stream"]),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=3),
+    st.integers(1, 4),
+)
+def test_what_is_left_of_a_pass_is_dealt_to_another_number_of_workers(
+    name: str, earlier: list[tuple[int, int]], workers: int
+) -> None:
+    """No sample comes twice, and none is left out but a rest of each number; everybody has as many batches."""
+    make = RESIZED[name]
+    phases = [*earlier, (workers, 99)]
+    seen: Counter[int] = Counter()
+    for index, (dealt_for, taken) in enumerate(phases):
+        counts = set()
+        for rank in range(dealt_for):
+            torch.manual_seed(rank)
+            rest = share(make(), seed=1, step=5, rank=rank, workers=dealt_for, earlier=phases[:index])
+            batches = [torch.as_tensor(one[0] if isinstance(one, list) else one) for one in islice(rest, taken)]
+            counts.add(len(batches))
+            seen.update(int(one) for batch in batches for one in batch.view(-1))
+        assert len(counts) == 1
+    assert all(count == 1 for count in seen.values())
+    assert len(seen) > 23 - 2 * sum(dealt_for for dealt_for, _ in phases)
+
+
+@pytest.mark.parametrize("name", ["shuffled", "dropped", "batch sampler", "stream"])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_a_pass_that_was_over_is_over_for_any_number_of_workers(name: str, workers: int) -> None:
+    """Its rest was too small to be dealt once, and is not dealt later: who was a step further is in the next pass."""
+    each = len(shares(RESIZED[name], 4, seed=1)[0])
+    assert not list(share(RESIZED[name](), seed=1, step=0, rank=0, workers=workers, earlier=[(4, each)]))
+    if name != "stream":
+        assert not list(share(RESIZED[name](), seed=1, step=0, rank=0, workers=3, earlier=[(4, each), (2, 0)]))
 
 
 def test_the_users_sampler_is_left_as_it_was() -> None:
@@ -189,7 +235,7 @@ def drawn(progress: Progress, processes: int) -> list[tuple[float, dict[str, Any
     context = "fork" if processes else None
     loader = DataLoader(Augmented(), batch_size=1, num_workers=processes, multiprocessing_context=context)
     seen = []
-    for batch in keyed_batches(loader, progress, seed=0, rank=0, workers=2):
+    for batch in keyed_batches(loader, progress, seed=0, rank=0):
         seen.append((float(batch), progress.state()))
         progress.end_step()
     return seen
@@ -198,11 +244,11 @@ def drawn(progress: Progress, processes: int) -> list[tuple[float, dict[str, Any
 @pytest.mark.parametrize("processes", [0, 1, 2])
 def test_a_pass_that_is_gone_on_with_draws_what_the_whole_one_drew(processes: int) -> None:
     """Random augmentation too, in however many processes it is drawn before and after a kill."""
-    whole = drawn(Progress(), 0)
-    killed = Progress()
+    whole = drawn(Progress(2), 0)
+    killed = Progress(2)
     killed.load(whole[1][1])  # in its second iteration, which is made again
     assert len(whole) == 4
-    assert [value for value, _ in drawn(Progress(), processes)] == [value for value, _ in whole]
+    assert [value for value, _ in drawn(Progress(2), processes)] == [value for value, _ in whole]
     assert [value for value, _ in drawn(killed, processes)] == [value for value, _ in whole[1:]]
 
 

@@ -21,7 +21,7 @@ from thresher.protos.errors import (
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.messages import layout_to_message
 from thresher.protos.snapshots import pack_state
-from thresher.worker.calls import ShardCalls
+from thresher.worker.calls import ShardCalls, ShardLostError
 
 
 @contextmanager
@@ -105,6 +105,15 @@ def test_errors_of_the_shard_keep_their_kind() -> None:
         expected = rf"(?s)a float32 \[3\] is registered, here it is.*\[shard 0 at {cluster.addresses[0]}\]"
         with pytest.raises(LayoutError, match=expected):
             calls.register(message)
+
+
+def test_calls_that_were_closed() -> None:
+    """They say so, named or not: the shard is not to blame."""
+    for address in (unused_address(), "ray://digits/0"):
+        calls = ShardCalls(0, address, "worker 0", patience=60.0)
+        calls.close()
+        with pytest.raises(ShardLostError, match=f"the connection to {address}.* was closed on this side"):
+            exchanged(calls)
 
 
 def test_every_error_is_ours() -> None:

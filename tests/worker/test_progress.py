@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.worker.training import Scale, sgd
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import ConfigurationError, ProtocolError
 from thresher.server import state as server_state
 from thresher.worker.progress import AGREEMENTS, Progress, Schedule
@@ -31,6 +32,85 @@ def test_a_resumed_loop_goes_on_in_its_pass() -> None:
     second.end_pass()
     assert second.begin_pass()
     assert list(again) == [2, 3]
+
+
+def in_step(progress: Progress, batches: int = 1) -> Bookmark | None:
+    """A step over so many batches, and what is told of it."""
+    for _ in range(batches):
+        progress.begin_batch()
+    told = progress.bookmark()
+    progress.end_step()
+    return told
+
+
+def test_a_bookmark_tells_where_the_loop_is_behind_the_step() -> None:
+    """Its numbered pass, which pass over data in it, from which step, and the batches of all those dealt for."""
+    progress = Progress(3)
+    assert progress.bookmark() is None, "a loop that does not take its batches here"
+    next(progress.passes(2))
+    assert progress.begin_pass()
+    assert in_step(progress) == Bookmark(1, 1, 1, 0, ((3, 1),))
+    progress.agreed({"loss": 0.5})
+    assert in_step(progress, 2) == Bookmark(2, 1, 1, 0, ((3, 3),), 1)
+    progress.end_pass()
+    assert progress.begin_pass()
+    assert in_step(progress) == Bookmark(3, 1, 2, 2, ((3, 1),), 1)
+
+
+@pytest.mark.parametrize("workers", [3, 2])
+def test_who_joins_goes_on_at_a_bookmark(workers: int) -> None:
+    """In its pass, behind passes over data that are over, and with its agreements; dealt anew for another number."""
+    progress = Progress(workers)
+    progress.join(Bookmark(7, 2, 2, 5, ((3, 2),), 4), None, "")
+    again = progress.passes(3)
+    assert next(again) == 1
+    assert progress.next_agreement() == 4
+    assert not progress.begin_pass()
+    assert progress.begin_pass()
+    assert (progress.step, progress.pass_step, progress.fetched, progress.resumed) == (7, 5, 2, True)
+    shares = ((3, 3),) if workers == 3 else ((3, 2), (2, 1))
+    assert in_step(progress) == Bookmark(8, 2, 2, 5, shares, 4)
+    progress.end_pass()
+    assert list(again) == [2]
+
+
+def test_the_rest_is_dealt_anew_behind_the_iteration_that_is_made_again() -> None:
+    """That one has its own batch once more; what is kept then says how the pass was dealt."""
+    first = Progress(2)
+    assert first.begin_pass()
+    in_step(first)
+    first.begin_batch()
+    second = Progress(4)
+    second.load(first.state())
+    second.deal_anew(Bookmark(2, 0, 1, 0, ((2, 2), (4, 0))))
+    assert second.begin_pass()
+    assert (second.dealt_for, second.taken, second.earlier) == (2, 1, ())
+    in_step(second)
+    assert (second.dealt_for, second.taken, second.earlier) == (4, 0, ((2, 2),))
+    in_step(second)
+    second.begin_batch()
+    third = Progress(4)
+    third.load(second.state())
+    assert (third.dealt_for, third.taken, third.earlier) == (4, 1, ((2, 2),))
+    second.end_pass()
+    assert second.begin_pass()
+    assert (second.dealt_for, second.taken, second.earlier) == (4, 0, ())
+
+
+def test_what_cannot_be_given_back_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """And the hyper-parameters in force are put in place, again when the first batch is there."""
+    optimizer = sgd(Scale(), lr=0.5)
+    progress = Progress()
+    progress.schedule = Schedule(optimizer)
+    progress.join(Bookmark(7, 0, 1, 0, ((1, 7),)), [{"lr": 0.125}], "%s is lost")
+    assert optimizer.param_groups[0]["lr"] == 0.5, "what a scheduler takes for the rate to begin with"
+    progress.keep({"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)})
+    assert "scheduler is lost" in caplog.text
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert progress.begin_pass()
+    progress.begin_batch()
+    assert optimizer.param_groups[0]["lr"] == 0.125
 
 
 def test_agreements_are_repeated_where_they_were_made() -> None:

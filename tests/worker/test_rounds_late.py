@@ -47,7 +47,7 @@ def say(client: ShardClient, *told: Told) -> None:
 
 
 def push(rounds: Rounds, value: float) -> None:
-    rounds.prepare(SparseGradient.dense(torch.full((3,), value)), (True,), (), None, torch.zeros(3))
+    rounds.prepare(SparseGradient.dense(torch.full((3,), value)), (True,), (), None, torch.zeros(3), None)
     rounds.send()
 
 

@@ -1,10 +1,13 @@
 """Settings travel through the environment without loss, and what cannot be read is named."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.worker.phonebook import install
 
-from thresher.protos.errors import ConfigurationError
+from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ProtocolError
 from thresher.worker import Method, Settings
 from thresher.worker.settings import settings_from
 
@@ -21,7 +24,10 @@ methods = st.one_of(
         outer=st.sampled_from(["", "SGD(lr=0.7, momentum=0.9)"]),
     ),
 )
-addresses = st.builds("{}:{}".format, st.sampled_from(["127.0.0.1", "[::1]", "shard-0.example"]), st.integers(0, 65535))
+addresses = st.one_of(
+    st.builds("{}:{}".format, st.sampled_from(["127.0.0.1", "[::1]", "shard-0.example"]), st.integers(0, 65535)),
+    st.builds("ray://{}/{}".format, st.sampled_from(["digits", "a.b-c_1"]), st.integers(0, 99)),
+)
 
 
 @st.composite
@@ -33,6 +39,9 @@ def every_settings(draw: st.DrawFn) -> Settings:
         workers=workers,
         seed=draw(st.integers(-(2**70), 2**70)),
         method=draw(methods),
+        state_dir=draw(st.none() | st.just(Path("a/b"))),
+        state_sync=draw(st.booleans()),
+        state_is_local=draw(st.booleans()),
         connect_timeout=draw(st.floats(0, 1e9)),
         threshold_factor=draw(st.floats(1e-9, 1e9)),
         metrics_listen=draw(st.none() | addresses),
@@ -74,6 +83,7 @@ def test_without_shards_the_way_to_start_is_told() -> None:
         ("DENSITY", ""),
         ("CONNECT_TIMEOUT", "soon"),
         ("INSECURE", "yes"),
+        ("STATE_IS_LOCAL", "no"),
         ("THRESHOLD_FACTOR", "two"),
         ("PERIOD", "often"),
         ("BUDGET", "500MB"),
@@ -109,3 +119,58 @@ def test_without_a_method_everything_is_sent() -> None:
     """The default is the hard threshold 0."""
     bare = {"THRESHER_SHARDS": "127.0.0.1:1", "THRESHER_RANK": "0", "THRESHER_WORKERS": "1"}
     assert settings_from(bare) == Settings(("127.0.0.1:1",), rank=0, workers=1, method=Method(threshold=0.0))
+
+
+OF_THE_RUN = {
+    **COMPLETE,
+    "THRESHER_SHARDS": "phone://digits/0,phone://digits/1",
+    "THRESHER_WORKERS": "4",
+    "THRESHER_SEED": "7",
+    "PATH": "/elsewhere",
+}
+
+
+def test_a_run_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything comes from its directory, whether the name is handed over or in the environment."""
+    book = install(tmp_path, monkeypatch)
+    book.run_variables["digits"] = OF_THE_RUN
+    expected = settings_from(OF_THE_RUN)
+    assert expected.addresses == ("phone://digits/0", "phone://digits/1")
+    assert settings_from({}, addresses="phone://digits") == expected
+    assert settings_from({"THRESHER_SHARDS": "phone://digits"}) == expected
+    assert settings_from({"THRESHER_SHARDS": "127.0.0.1:1"}, addresses="phone://digits") == expected
+    assert book.looks == [], "shards are looked up when they are called"
+
+
+def test_what_is_set_here_goes_before_what_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the shards; and what only one of them says is taken from there."""
+    book = install(tmp_path, monkeypatch)
+    book.run_variables["digits"] = {name: value for name, value in OF_THE_RUN.items() if name != "THRESHER_RANK"}
+    with pytest.raises(ConfigurationError, match="THRESHER_RANK is not set"):
+        settings_from({}, addresses="phone://digits")
+    own = {"THRESHER_RANK": "3", "THRESHER_SEED": "8", "THRESHER_STATE_DIR": "mine"}
+    found = settings_from({**own, "THRESHER_SHARDS": "10.0.0.1:1"}, addresses="phone://digits")
+    assert (found.rank, found.workers, found.seed, found.state_dir) == (3, 4, 8, Path("mine"))
+    assert found.addresses == ("phone://digits/0", "phone://digits/1")
+    with pytest.raises(ConfigurationError, match=r"rank 3 is not one of 0 … 1"):
+        settings_from({**own, "THRESHER_WORKERS": "2"}, addresses="phone://digits")
+
+
+def test_shards_that_are_named_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these no directory is asked for variables: the rest is told as ever."""
+    install(tmp_path, monkeypatch).trouble = ProtocolError("it was asked")
+    found = settings_from({**COMPLETE, "THRESHER_SHARDS": "phone://digits/0"})
+    assert found.addresses == ("phone://digits/0",)
+    found = settings_from({**COMPLETE, "THRESHER_SHARDS": "phone://digits/0,127.0.0.1:1"})
+    assert found.addresses == ("phone://digits/0", "127.0.0.1:1")
+
+
+def test_a_run_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the directory says goes on as it is; a name that is none is refused, and so is one nobody knows."""
+    install(tmp_path, monkeypatch).trouble = ConnectionTimeoutError("the cluster does not answer")
+    with pytest.raises(ConnectionTimeoutError, match="the cluster does not answer"):
+        settings_from(COMPLETE, addresses="phone://digits")
+    with pytest.raises(ConfigurationError, match="no name of a run"):
+        settings_from(COMPLETE, addresses="phone://die Ziffern")
+    with pytest.raises(ConfigurationError, match="knows addresses of fax://"):
+        settings_from(COMPLETE, addresses="fax://digits")

@@ -332,6 +332,68 @@ class Membership(google.protobuf.message.Message):
 global___Membership = Membership
 
 @typing.final
+class Share(google.protobuf.message.Message):
+    """How far workers are in dealing out a pass over the data: so many workers, so many batches taken by each."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: builtins.int
+    TAKEN_FIELD_NUMBER: builtins.int
+    workers: builtins.int
+    """Number of workers among whom it is dealt."""
+    taken: builtins.int
+    """Batches that each of them has taken."""
+    def __init__(
+        self,
+        *,
+        workers: builtins.int = ...,
+        taken: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["taken", b"taken", "workers", b"workers"]) -> None: ...
+
+global___Share = Share
+
+@typing.final
+class Bookmark(google.protobuf.message.Message):
+    """Where the members' loops are. Who joins without a memory goes on there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    PASSES_FIELD_NUMBER: builtins.int
+    BEGUN_FIELD_NUMBER: builtins.int
+    PASS_STEP_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
+    AGREEMENTS_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """Optimizer steps made."""
+    passes: builtins.int
+    """How many numbered passes have begun; 0 where they are not numbered."""
+    begun: builtins.int
+    """Passes over data that have begun in the last of them."""
+    pass_step: builtins.int
+    """The step at which the last of these began."""
+    agreements: builtins.int
+    """How many agreements the worker has asked for."""
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Share]:
+        """What was taken of it: one entry for each number of workers it was dealt for, in turn."""
+
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        passes: builtins.int = ...,
+        begun: builtins.int = ...,
+        pass_step: builtins.int = ...,
+        shares: collections.abc.Iterable[global___Share] | None = ...,
+        agreements: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "begun", b"begun", "pass_step", b"pass_step", "passes", b"passes", "shares", b"shares", "step", b"step"]) -> None: ...
+
+global___Bookmark = Bookmark
+
+@typing.final
 class RegisterRequest(google.protobuf.message.Message):
     """A worker asks to take part."""
 
@@ -423,6 +485,7 @@ class RegisterResponse(google.protobuf.message.Message):
     AGREEMENTS_FIELD_NUMBER: builtins.int
     ROUND_TIMEOUT_FIELD_NUMBER: builtins.int
     LEASE_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     run: builtins.int
     """Random number of the run; equal in everything this shard says during its life."""
     version: builtins.int
@@ -447,6 +510,10 @@ class RegisterResponse(google.protobuf.message.Message):
     def membership(self) -> global___Membership:
         """Who belongs to the run, as this shard knows it."""
 
+    @property
+    def bookmark(self) -> global___Bookmark:
+        """Where the members' loops are, at this version; from the first shard, where they have told."""
+
     def __init__(
         self,
         *,
@@ -461,9 +528,10 @@ class RegisterResponse(google.protobuf.message.Message):
         agreements: builtins.int = ...,
         round_timeout: builtins.float = ...,
         lease: builtins.float = ...,
+        bookmark: global___Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["membership", b"membership"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "lease", b"lease", "membership", b"membership", "round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bookmark", b"bookmark", "membership", b"membership"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "bookmark", b"bookmark", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "lease", b"lease", "membership", b"membership", "round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
 
@@ -739,6 +807,8 @@ class Push(google.protobuf.message.Message):
     ONLY_MEAN_FIELD_NUMBER: builtins.int
     MEMBERSHIP_FIELD_NUMBER: builtins.int
     LOST_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
+    FOLLOWS_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Number of this push, counted from 0: with the rank, its identity. In lockstep, the version of every shard."""
     version: builtins.int
@@ -755,6 +825,8 @@ class Push(google.protobuf.message.Message):
     """True when the members only want the mean of what they push: the version moves, the model does not."""
     lost: builtins.bool
     """True when the worker has lost its state, and with it what it would have said in this step."""
+    follows: builtins.bool
+    """True when the hyper-parameters are not this worker's to say: it goes on without the state of its schedule."""
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
         """Hyper-parameters that differ from the registered ones."""
@@ -762,6 +834,10 @@ class Push(google.protobuf.message.Message):
     @property
     def membership(self) -> global___Membership:
         """Who belongs to the run, where the worker knows it better than this shard."""
+
+    @property
+    def bookmark(self) -> global___Bookmark:
+        """Where the worker's loop is after this step; to the first shard, from loops whose batches the session deals out."""
 
     def __init__(
         self,
@@ -776,9 +852,11 @@ class Push(google.protobuf.message.Message):
         only_mean: builtins.bool = ...,
         membership: global___Membership | None = ...,
         lost: builtins.bool = ...,
+        bookmark: global___Bookmark | None = ...,
+        follows: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "lost", b"lost", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "follows", b"follows", "lost", b"lost", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Push = Push

@@ -186,6 +186,7 @@ class Closed(google.protobuf.message.Message):
     ROUND_SECONDS_FIELD_NUMBER: builtins.int
     READERS_FIELD_NUMBER: builtins.int
     DELIVERED_BYTES_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     frame: builtins.bytes
     """The frame of the mean, empty when there is none."""
     threshold: builtins.float
@@ -210,6 +211,10 @@ class Closed(google.protobuf.message.Message):
     def delivered_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Bytes of exchange messages sent to each of them."""
 
+    @property
+    def bookmark(self) -> thresher.v1.aggregation_pb2.Bookmark:
+        """Where the members' loops are after it; absent where nobody has told."""
+
     def __init__(
         self,
         *,
@@ -221,9 +226,10 @@ class Closed(google.protobuf.message.Message):
         round_seconds: builtins.float = ...,
         readers: collections.abc.Iterable[builtins.int] | None = ...,
         delivered_bytes: collections.abc.Iterable[builtins.int] | None = ...,
+        bookmark: thresher.v1.aggregation_pb2.Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "contributions", b"contributions", "delivered_bytes", b"delivered_bytes", "frame", b"frame", "readers", b"readers", "residual_squared", b"residual_squared", "round_seconds", b"round_seconds", "threshold", b"threshold", "update", b"update"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "bookmark", b"bookmark", "threshold", b"threshold", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "bookmark", b"bookmark", "contributions", b"contributions", "delivered_bytes", b"delivered_bytes", "frame", b"frame", "readers", b"readers", "residual_squared", b"residual_squared", "round_seconds", b"round_seconds", "threshold", b"threshold", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___Closed = Closed
@@ -393,6 +399,7 @@ class Table(google.protobuf.message.Message):
     ABANDONED_SQUARED_TOTAL_FIELD_NUMBER: builtins.int
     NEWEST_FIELD_NUMBER: builtins.int
     AGREEMENTS_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     next_threshold: builtins.float
     """Threshold for the coming round; absent for methods without one."""
     residual_squared_total: builtins.float
@@ -431,6 +438,10 @@ class Table(google.protobuf.message.Message):
     def agreements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[thresher.v1.aggregation_pb2.Agreed]:
         """The newest agreements."""
 
+    @property
+    def bookmark(self) -> thresher.v1.aggregation_pb2.Bookmark:
+        """Where the members' loops are; absent where nobody has told."""
+
     def __init__(
         self,
         *,
@@ -445,9 +456,10 @@ class Table(google.protobuf.message.Message):
         abandoned_squared_total: builtins.float = ...,
         newest: global___Closed | None = ...,
         agreements: collections.abc.Iterable[thresher.v1.aggregation_pb2.Agreed] | None = ...,
+        bookmark: thresher.v1.aggregation_pb2.Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "abandoned_squared_total", b"abandoned_squared_total", "agreements", b"agreements", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened", "overrides", b"overrides", "residual_squared_total", b"residual_squared_total", "seats", b"seats", "verdicts", b"verdicts"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "abandoned_squared_total", b"abandoned_squared_total", "agreements", b"agreements", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened", "overrides", b"overrides", "residual_squared_total", b"residual_squared_total", "seats", b"seats", "verdicts", b"verdicts"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Table = Table

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from thresher.protos.bookmark import Bookmark, furthest
 from thresher.protos.consistency import Consistency
 from thresher.protos.mean import mean_of
 from thresher.protos.optimizers import OptimizerSpec, Override
@@ -43,7 +44,7 @@ def update_of(
     presence = tuple(any(flags) for flags in zip(*(push.presence for push, _ in heard), strict=True))
     proposals = [push.next_threshold for push in pushes if push.next_threshold is not None]
     # Who is late may still be at earlier hyper-parameters; in lockstep all have the same.
-    newest = max(pushes, key=lambda push: (not push.lost, push.version))
+    newest = max(pushes, key=lambda push: (not push.lost, not push.follows, push.version))
     counted = max(members, len(pushes))  # more push than there are members while somebody is being let in
     divisor = max(counted, version - 1 - newest.version) if consistency.staleness_aware else counted
     return Update(
@@ -63,7 +64,12 @@ def update_of(
 
 
 def closed_round(
-    sealed: SealedUpdate, pushes: Sequence[Push], threshold: float | None, version: int, round_seconds: float
+    sealed: SealedUpdate,
+    pushes: Sequence[Push],
+    threshold: float | None,
+    bookmark: Bookmark | None,
+    version: int,
+    round_seconds: float,
 ) -> Closed:
     """Return the record of a round.
 
@@ -71,6 +77,7 @@ def closed_round(
         sealed: Its update.
         pushes: In rank order.
         threshold: The one it was computed with.
+        bookmark: Where the members' loops were before it.
         version: The version before it.
         round_seconds: From the first push to the close.
     """
@@ -91,6 +98,7 @@ def closed_round(
         threshold=threshold,
         residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),
         round_seconds=round_seconds,
+        bookmark=furthest((push.bookmark for push in pushes), bookmark),
     )
 
 

@@ -15,7 +15,7 @@ class ShardConfig:
     Attributes:
         shard: Position of this shard.
         shards: Number of shards.
-        workers: Number of workers the run starts with.
+        workers: Number of workers the run starts with; 0 for as many as the first of them says.
         run: Random number that names the run.
         start_timeout: How long the first round waits for workers that have not come.
         round_timeout: How long a round or an agreement waits for a member that is connected.
@@ -36,7 +36,7 @@ class ShardConfig:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, before anything is served. Raises ConfigurationError."""
-        if not 0 <= self.shard < self.shards or self.workers < 1:
+        if not 0 <= self.shard < self.shards or self.workers < 0:
             raise ConfigurationError(f"shard {self.shard} of {self.shards} for {self.workers} workers makes no sense")
         for name in ("checkpoint_every", "log_cap_bytes"):
             if getattr(self, name) < 0:

@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.layout import Layout
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.sealed import SealedUpdate
@@ -45,6 +46,7 @@ class Registered:
         verdict: What became of the last settled push.
         membership: Who belongs to the run.
         agreements: How many agreements there have been.
+        bookmark: Where the members' loops are; None where nobody has told.
         warning: For the operator.
     """
 
@@ -55,6 +57,7 @@ class Registered:
     verdict: Verdict
     membership: Membership
     agreements: int
+    bookmark: Bookmark | None = None
     warning: str = ""
 
 

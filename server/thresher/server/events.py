@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.layout import Layout
 from thresher.protos.optimizers import OptimizerSpec, Override
@@ -91,6 +92,8 @@ class Push:
 
     ``content`` identifies what was sent: equal for a repetition, different for anything else. ``membership`` is what
     the first shard told the worker. ``lost`` says that the worker has lost its state, and that this is a stand-in.
+    ``bookmark`` is where the worker's loop is after this step. ``follows`` says that its hyper-parameters are those of
+    the others, whatever it says: it goes on without the state of its schedule.
     """
 
     worker: Worker
@@ -106,6 +109,8 @@ class Push:
     lost: bool = False
     wire_bytes: int = 0
     content: int = 0
+    bookmark: Bookmark | None = None
+    follows: bool = False
 
 
 @final

@@ -95,7 +95,8 @@ def _disagreement(push: Push, member: Member, others: Iterable[Push]) -> str:
             continue
         if other.only_mean != push.only_mean:
             return f"{member} and worker {other.worker.rank} disagree in step {push.step}: one wants a mean only"
-        if other.step == push.step and other.overrides != push.overrides:  # who is late has those of its own step
+        follows = push.follows or other.follows
+        if other.step == push.step and not follows and other.overrides != push.overrides:  # who is late has its step's
             return (
                 f"members disagree on hyper-parameters in step {push.step}: {member} has {list(push.overrides)}, "
                 f"worker {other.worker.rank} has {list(other.overrides)} (differences from the registered values); "

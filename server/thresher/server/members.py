@@ -127,12 +127,13 @@ class Members:
     """All ranks that ever came, and which of them count.
 
     Attributes:
+        announced: Number of workers the run begins with; 0 while nobody has said it.
         membership: Whose pushes rounds are made of; its size, less those who have left since, is the divisor.
     """
 
     def __init__(self, workers: int) -> None:
         """Wait for ranks 0 … ``workers`` - 1."""
-        self._workers = workers
+        self.announced = workers
         self._by_rank = {rank: Member(rank) for rank in range(workers)}
         self.membership = Membership(0, tuple(range(workers)))
 
@@ -233,15 +234,17 @@ class Members:
         """Refuse a registration that cannot be let in; nothing changes.
 
         Raises:
-            RegistrationError: when the worker was told another number of workers, or its rank is none.
+            RegistrationError: when its rank is none, or it was told another number of workers than the run begins with:
+                once rounds have been closed, there may be more or fewer.
             FencedError: when another life of its rank has taken its place.
         """
         rank = request.worker.rank
         if rank >= MOST_RANKS:
             raise RegistrationError(f"worker {rank} cannot join: ranks are below {MOST_RANKS}; give it another")
-        if rank < self._workers != request.workers:
+        begun = any(member.settled for member in self)
+        if rank < self.announced != request.workers and not begun:
             raise RegistrationError(
-                f"worker {rank} of {request.workers} asks to join a run that began with {self._workers} workers; "
+                f"worker {rank} of {request.workers} asks to join a run that began with {self.announced} workers; "
                 "start shards and workers with the same number of workers"
             )
         member = self._by_rank.get(rank)

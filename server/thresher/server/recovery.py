@@ -62,7 +62,8 @@ class Recovery:
         if state.opened is None:
             return
         said, config = state.opened.registration, self._config
-        if (said.shard, said.shards, said.workers) != (config.shard, config.shards, config.workers):
+        workers = config.workers or said.workers
+        if (said.shard, said.shards, said.workers) != (config.shard, config.shards, workers):
             raise DataLossError(
                 f"the state folder is that of shard {said.shard} of {said.shards} for {said.workers} workers, not of "
                 f"shard {config.shard} of {config.shards} for {config.workers}; name the right folder, or an empty one"

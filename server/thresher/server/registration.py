@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import LayoutError, OptimizerError, ProtocolError, RegistrationError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.optimizers import OptimizerSpec
@@ -34,6 +35,28 @@ def check_registration(request: Register, first: Register | None, shard: int, sh
         _check_optimizer(request)
     else:
         _check_agreement(request, first)
+
+
+def doubts(request: Register, first: Register | None, bookmark: Bookmark | None) -> str:
+    """Say what the operator should know of a worker that is let in; empty when there is nothing.
+
+    Args:
+        request: What the worker says.
+        first: The registration that came first; None when this one is.
+        bookmark: Where the members' loops are; None where nobody has told.
+    """
+    found = []
+    if first is not None and request.environment != first.environment:
+        found.append(
+            f"worker {request.worker.rank} runs on {request.environment}, the first one registered on "
+            f"{first.environment}: results may differ in the last bits"
+        )
+    if bookmark is not None and bookmark.workers != request.workers:
+        found.append(
+            f"worker {request.worker.rank} takes its share of the data as one of {request.workers}, so far they were "
+            f"dealt for {bookmark.workers}: all workers must be started with the same number"
+        )
+    return "; ".join(found)
 
 
 def check_bringer(rank: int, shard: int) -> None:

@@ -12,7 +12,7 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from thresher.protos.credentials import TlsFiles
 from thresher.protos.errors import ConfigurationError
@@ -106,6 +106,7 @@ class ShardServer:
         self._rows: list[Callable[[IterationRow], None]] = []
         self._iterations: IterationFile | None = None
         self._metrics_server: WSGIServer | None = None
+        self._registry: CollectorRegistry | None = None
         self._journal = None
         if config.state_dir is not None:
             half = partial(reached, f"shard {shard.shard}", "append")
@@ -170,6 +171,11 @@ class ShardServer:
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters; from any thread."""
         return self._engine.statistics()
+
+    @property
+    def registry(self) -> CollectorRegistry | None:
+        """What the Prometheus endpoint shows; None where none is served. To be read from any thread."""
+        return self._registry
 
     def _record(self, row: IterationRow) -> None:
         for take in self._rows:
@@ -236,6 +242,7 @@ class ShardServer:
         except OSError as error:
             raise ConfigurationError(_taken("metrics endpoint", self._config.metrics_listen)) from error
         self._rows.append(metrics.observe)
+        self._registry = metrics.registry
         self.metrics_address = f"{host}:{self._metrics_server.server_port}"
 
     def _not_serving(self) -> None:

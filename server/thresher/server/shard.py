@@ -27,7 +27,7 @@ from thresher.server.invariants import broken_invariants
 from thresher.server.judging import judge, returned
 from thresher.server.members import MemberState
 from thresher.server.open_round import OpenRound
-from thresher.server.registration import check_registration
+from thresher.server.registration import check_registration, doubts
 from thresher.server.state import RunState
 from thresher.server.statistics import ShardStatistics
 from thresher.server.watch import Watch
@@ -166,14 +166,8 @@ class Shard:
         check_registration(request, first, config.shard, config.shards)
         state.members.check_admission(request)
         written: list[Effect] = []
-        warning = ""
         if first is None:
             written.append(self._fold(Opened(state.run, request)))
-        elif request.environment != first.environment:
-            warning = (
-                f"worker {request.worker.rank} runs on {request.environment}, the first one registered on "
-                f"{first.environment}: results may differ in the last bits"
-            )
         member = state.members.seat(request.worker.rank)
         if member.incarnation != request.worker.incarnation:
             if member.incarnation:  # its lease goes on until the new life exchanges
@@ -187,7 +181,8 @@ class Shard:
             verdict=member.verdict,
             membership=state.members.membership,
             agreements=state.agreed,
-            warning=warning,
+            bookmark=state.bookmark,
+            warning=doubts(request, first, state.bookmark),
         )
         return [*written, answer]
 
@@ -246,6 +241,8 @@ class Shard:
         if refusal is not None:
             rejected = refusal.verdict is Verdict.REJECTED
             self._refused[Verdict.REJECTED if rejected else Verdict.DUPLICATE] += 1
+            if refusal.verdict is Verdict.DUPLICATE:
+                self._round.hear_again(push)
             again = self._feed.again(push) if refusal.verdict is Verdict.APPLIED else []
             return [*again, refusal]
         adopted = self._adopted(push.membership, now)
@@ -293,7 +290,8 @@ class Shard:
             what = f"the mean of round {state.version} overflows float32 on {self}"
             return self._fail(f"{what}, of workers {list(update.contributors)}; lower the learning rate or scale")
         told = sealed(update, state.digest)
-        closed = closed_round(told, pushes, state.threshold, state.version, now - self._round.opened_at)
+        seconds = now - self._round.opened_at
+        closed = closed_round(told, pushes, state.threshold, state.bookmark, state.version, seconds)
         try:
             state.fold(closed)
         except OptimizerError as error:

@@ -10,6 +10,7 @@ from typing import Final, Self, assert_never, final
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import DataLossError, ProtocolError
 from thresher.protos.layout import Slice
@@ -59,6 +60,7 @@ class RunState:
         members: Every rank that ever came.
         overrides: Hyper-parameters in force since the last update.
         threshold: For the round that is open.
+        bookmark: Where the members' loops are; None where nobody has told.
         digest: Of the history so far.
         newest: The round that was closed last; None before the first, and while a refill is all that is known.
         agreements: The newest agreements, by number.
@@ -76,6 +78,7 @@ class RunState:
         self.members = Members(workers)
         self.overrides: tuple[Override, ...] = ()
         self.threshold: float | None = None
+        self.bookmark: Bookmark | None = None
         self.digest = b""
         self.newest: Closed | None = None
         self.agreements: dict[int, Agreed] = {}
@@ -97,6 +100,8 @@ class RunState:
     def phase(self) -> str:
         """What the run is doing, for people."""
         members = self.members.counted
+        if self.opened is None:
+            return "waiting for workers"
         if not members:
             return "finished"
         if any(member.state is MemberState.WAITED_FOR for member in members):
@@ -177,7 +182,7 @@ class RunState:
         self.untrained = {**self.untrained, **refill.untrained}
         self.run, self.digest = history.run, history.digest
         self.overrides, self.threshold = refill.overrides, refill.threshold
-        self.newest = None
+        self.newest = self.bookmark = None  # the next push tells where the loops are
         for member in self.members.counted:
             member.settle(history.version - 1, 0, Verdict.APPLIED)
 
@@ -185,6 +190,8 @@ class RunState:
         said = opened.registration
         self.run, self.opened = opened.run, opened
         self.piece = said.layout.shard_slice(said.shard, said.shards)
+        if not self.members.announced:
+            self.members = Members(said.workers)
 
     def _begin_shadow(self, values: Tensor | None) -> None:
         if self.replica is not None and self.consistency.downlink == "shadow":
@@ -200,6 +207,7 @@ class RunState:
             self.shadow.advance(self.replica.parameters, self.version)
         self.digest = update.digest
         self.overrides, self.threshold = update.overrides, update.next_threshold
+        self.bookmark = closed.bookmark
         for one in closed.contributions:
             self._count(one, only_mean=update.only_mean)
         self.deliver(closed)
@@ -248,6 +256,7 @@ class RunState:
             abandoned_squared_total=self.abandoned_squared_total,
             newest=closed_to_message(self.newest) if self.newest is not None else None,
             agreements=[pb.Agreed(number=one.number, values=one.values) for one in self.agreements.values()],
+            bookmark=None if self.bookmark is None else bookmark_to_message(self.bookmark),
         ).SerializeToString(deterministic=True)
 
     def snapshot(self) -> Snapshot:
@@ -303,6 +312,7 @@ class RunState:
         if message.HasField("newest"):
             self.newest = closed_from_message(message.newest, self.slice)
         self.agreements = {one.number: Agreed(one.number, dict(one.values)) for one in message.agreements}
+        self.bookmark = bookmark_from_message(message.bookmark) if message.HasField("bookmark") else None
 
     @property
     def history(self) -> History:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Final
 
+from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
 from thresher.protos.codec import HEADER_BYTES
 from thresher.protos.errors import LayoutError, ProtocolError, RegistrationError
 from thresher.protos.layout import Slice
@@ -78,6 +79,7 @@ def registered_to_message(answer: effects.Registered, config: ShardConfig) -> pb
         last_verdict=VERDICTS[answer.verdict],
         membership=membership_to_message(answer.membership),
         agreements=answer.agreements,
+        bookmark=None if answer.bookmark is None else bookmark_to_message(answer.bookmark),
     )
 
 
@@ -107,7 +109,7 @@ def push_from_message(
     """Read a push whose frame has been decoded.
 
     Raises:
-        ProtocolError: when it speaks of other tensors.
+        ProtocolError: when it speaks of other tensors, or of a place that is none.
     """
     try:
         presence = unpack_presence(push.presence, len(piece.segments))
@@ -127,6 +129,8 @@ def push_from_message(
         lost=push.lost,
         wire_bytes=wire_bytes,
         content=_content(push, payload),
+        bookmark=bookmark_from_message(push.bookmark) if push.HasField("bookmark") else None,
+        follows=push.follows,
     )
 
 
@@ -211,10 +215,12 @@ def _membership(push: pb.Push) -> Membership | None:
 def _content(push: pb.Push, frame: bytearray) -> int:
     """Identify what was pushed. The frame's header, which holds its CRC and counts, stands for the frame.
 
-    What the worker knew of the membership is not part of it: it may know more when it repeats the push.
+    What the worker knew of the membership is not part of it: it may know more when it repeats the push. Nor is the
+    bookmark: a worker that was killed may have come back among others, for whom the data are dealt anew.
     """
     said = pb.Push()
     said.CopyFrom(push)
     said.ClearField("membership")
+    said.ClearField("bookmark")
     content = said.SerializeToString(deterministic=True) + frame[:HEADER_BYTES]
     return int.from_bytes(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest(), "little")

@@ -4,15 +4,17 @@ import hashlib
 import logging
 import multiprocessing
 import random
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from thresher.protos.bookmark import Share
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.transport import FORK_VARIABLE, FORKS_ARE_SAFE
 from thresher.worker.progress import Progress
@@ -36,7 +38,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers: int, skip: int = 0) -> Iterator[Any]:
+def share(
+    loader: "DataLoader[Any]",
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    workers: int,
+    skip: int = 0,
+    earlier: Sequence[Share] = (),
+) -> Iterator[Any]:
     """Return one pass over rank's share of ``loader``'s data.
 
     All workers draw the same order from the loader's own sampler; worker ``rank`` takes every ``workers``-th sample,
@@ -50,6 +61,7 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         rank: Which share.
         workers: How many shares.
         skip: How many batches of the share were taken before, and are left out.
+        earlier: What was taken of this pass when it was dealt for other numbers of workers; what that left is dealt.
 
     Raises:
         ConfigurationError: when there is not one sample for each worker.
@@ -62,22 +74,30 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
         )
     order_seed = keyed_seed("order", seed, step)
     if isinstance(loader.dataset, IterableDataset):
-        return islice(_dealt(loader, order_seed, rank, workers), skip, None)
+        return islice(_dealt(loader, order_seed, rank, workers, earlier), skip, None)
     plain = loader.batch_size is None or type(loader.batch_sampler) is BatchSampler
     source: Any = loader.sampler if plain else loader.batch_sampler
     with _ordered(source, order_seed):
         order = list(source)
-    mine = order[: len(order) - len(order) % workers][rank::workers]
-    if order and not mine:
+    size = (loader.batch_size or 1) if plain else 1
+    left = _left(order, earlier, size, drop_last=plain and loader.drop_last)
+    mine = left[: len(left) - len(left) % workers][rank::workers]
+    if order and not mine and not earlier:
         what = "samples" if plain else "batches"
         raise ConfigurationError(f"{len(order)} {what} cannot be shared by {workers} workers: each needs one at least")
     batching: dict[str, Any] = {"batch_sampler": mine[skip:]}
     if plain:
-        left = mine[skip * (loader.batch_size or 1) :]
-        batching = {"sampler": left, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        batching = {"sampler": mine[skip * size :], "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    return _loading(loader, batching, (seed, rank, step), skip + sum(taken for _, taken in earlier))
+
+
+def _loading(
+    loader: "DataLoader[Any]", batching: dict[str, Any], key: tuple[int, int, int], first: int
+) -> Iterator[Any]:
+    """Load what ``batching`` names, as ``loader`` does; its first batch is number ``first`` of the pass ``key``."""
     # What a loader hands to its processes as their seed is drawn now, and must not be the same on all ranks.
-    seed_everything(keyed_seed("loader", seed, rank, step))
-    keyed = _KeyedProcess(loader, (seed, rank, step), skip)
+    seed_everything(keyed_seed("loader", *key))
+    keyed = _KeyedProcess(loader, key, first)
     return iter(
         DataLoader(
             loader.dataset,
@@ -93,9 +113,16 @@ def share(loader: "DataLoader[Any]", *, seed: int, step: int, rank: int, workers
     )
 
 
-def keyed_batches(
-    loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int, workers: int
-) -> Iterator[Any]:
+def _left(order: list[Any], earlier: Sequence[Share], size: int, *, drop_last: bool) -> list[Any]:
+    """Return what is left of an order; nothing of a pass that was over for those among whom it was dealt."""
+    for workers, taken in earlier:
+        each = len(order) // workers
+        over = taken >= (each // size if drop_last else -(-each // size))
+        order = [] if over else order[taken * size * workers : each * workers]
+    return order
+
+
+def keyed_batches(loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int) -> Iterator[Any]:
     """Yield one pass over rank's share, or the rest of the one in which this worker was killed.
 
     The global generators are seeded anew for each batch, before it is fetched, in whichever process that is, and before
@@ -106,7 +133,6 @@ def keyed_batches(
         progress: Where this worker is; it is told of the pass and of each batch.
         seed: The run's; equal on all workers.
         rank: Which share.
-        workers: How many shares.
 
     Raises:
         ProtocolError: when another pass is not over yet.
@@ -114,17 +140,27 @@ def keyed_batches(
     if not progress.begin_pass():
         return
     try:
-        yield from _rest_of_pass(loader, progress, seed=seed, rank=rank, workers=workers)
+        yield from _rest_of_pass(loader, progress, seed=seed, rank=rank)
     finally:
         progress.end_pass()
 
 
-def _rest_of_pass(
-    loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int, workers: int
-) -> Iterator[Any]:
-    shared = share(loader, seed=seed, step=progress.pass_step, rank=rank, workers=workers, skip=progress.taken)
+def _rest_of_pass(loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int) -> Iterator[Any]:
+    shared: Iterator[Any] = iter(())
+    dealt: object = None
     while True:
-        seed_everything(keyed_seed("data", seed, rank, progress.pass_step, progress.taken))
+        if dealt != (progress.earlier, progress.dealt_for):  # at first, and where the rest is dealt anew
+            dealt = (progress.earlier, progress.dealt_for)
+            shared = share(
+                loader,
+                seed=seed,
+                step=progress.pass_step,
+                rank=rank,
+                workers=progress.dealt_for,
+                skip=progress.taken,
+                earlier=progress.earlier,
+            )
+        seed_everything(keyed_seed("data", seed, rank, progress.pass_step, progress.fetched))
         try:
             batch = next(shared)
         except StopIteration:
@@ -190,16 +226,30 @@ def _ordered(sampler: object, seed: int) -> Iterator[None]:
         inner.generator = before
 
 
-def _dealt(batches: Iterable[Any], seed: int, rank: int, workers: int) -> Iterator[Any]:
+def _dealt(batches: Iterable[Any], seed: int, rank: int, workers: int, earlier: Sequence[Share]) -> Iterator[Any]:
     """Yield every workers-th batch, and none of a last hand that does not reach everybody.
 
     Every worker draws every batch, so they all must draw from the same randomness.
     """
     seed_everything(seed)
     stream = iter(batches)
-    for number in count():
+    first = 0
+    for players, taken in earlier:
+        hands = _hands(stream, seed, players, first)
+        deque(islice(hands, taken), maxlen=0)
+        following = next(hands, None)
+        if following is None:
+            return
+        stream, first = chain(following, stream), first + taken + 1
+    for hand in _hands(stream, seed, workers, first):
+        yield hand[rank]
+
+
+def _hands(stream: Iterator[Any], seed: int, workers: int, first: int) -> Iterator[list[Any]]:
+    """Yield batches for one worker each, as long as there are enough; ``first`` hands were dealt before."""
+    for number in count(first):
         seed_everything(keyed_seed("hand", seed, number))
         hand = list(islice(stream, workers))
         if len(hand) < workers:
             return
-        yield hand[rank]
+        yield hand

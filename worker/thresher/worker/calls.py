@@ -13,6 +13,7 @@ import grpc
 from thresher.protos.credentials import NO_CREDENTIALS, Credentials
 from thresher.protos.errors import (
     AccessDeniedError,
+    ConfigurationError,
     ConnectionTimeoutError,
     ProtocolError,
     RoundFailedError,
@@ -21,9 +22,10 @@ from thresher.protos.errors import (
 )
 from thresher.protos.messages import chunks
 from thresher.protos.timeouts import CALL_SECONDS, MARGIN_SECONDS, NOTICE_SECONDS
-from thresher.protos.transport import ERROR_NAME, channel
+from thresher.protos.transport import ERROR_NAME, channel, check_address
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.v1.aggregation_pb2_grpc import AggregationServiceStub
+from thresher.worker.directory import locate, name_in
 from thresher.worker.snapshot import Snapshot, snapshot_from_parts
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 _PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 2.0
+_LOOK_SECONDS: Final = 1.0
+"""A directory is asked once in so long."""
 
 # A worker may come long before its shards; gRPC's own pauses between two attempts grow to minutes.
 _RECONNECT_OPTIONS: Final = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000))
@@ -64,18 +68,123 @@ def pauses() -> Iterator[float]:
 
 
 @final
+class _Line:
+    """The channel to a shard: to one place for good, or, of a named one, to wherever it is now.
+
+    Of a shard that has moved the old channel is closed, and what is open on it breaks off as if the shard had ended.
+
+    Args:
+        address: ``host:port`` or ``SCHEME://RUN/SHARD``.
+        credentials: What is shown to the shard, and trusted.
+        insecure: Plain text may go wherever the name leads.
+    """
+
+    def __init__(self, address: str, credentials: Credentials, *, insecure: bool) -> None:
+        """Open the channel to a place; a name is looked up by `find`."""
+        self._address, self._credentials, self._insecure = address, credentials, insecure
+        self._lock = threading.Lock()  # over changes of the next four; a directory may take its time, and is outside
+        self._place = ""
+        self._channel: grpc.Channel | None = None
+        self._stub: AggregationServiceStub | None = None
+        self._closed = False
+        self._trouble = ""
+        self._next_look = -math.inf
+        self.is_named = name_in(address) is not None
+        if not self.is_named:
+            self._open(address)
+
+    def __str__(self) -> str:
+        """For people: ``127.0.0.1:50052``, or ``ray://digits/1 (127.0.0.1:50052)``."""
+        if not self.is_named:
+            return self._address
+        known = (self._place or "not found yet", self._trouble)
+        return f"{self._address} ({'; '.join(filter(None, known))})"
+
+    def find(self) -> None:
+        """Look up where a named shard is now, unless that was done just before; a channel to there is opened.
+
+        While its directory cannot say so, the place that is known stays.
+
+        Raises:
+            ConnectionTimeoutError: when none is known, and the directory cannot say one at the moment.
+            ConfigurationError: when it says one that is none, or to which plain text must not go.
+            ThresherError: as the directory raises it, where another attempt would not help.
+        """
+        if not self.is_named or time.monotonic() < self._next_look:
+            return
+        try:
+            place = locate(self._address)
+        except ConnectionTimeoutError as error:
+            self._trouble = str(error)
+            if not self._place:
+                raise
+        else:
+            self._trouble = ""
+            self._check(place)
+            self._open(place)
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+
+    def call(self, make: Callable[[AggregationServiceStub], T]) -> T:
+        """Begin a call; where another thread has found the shard elsewhere just then, begin it there.
+
+        Raises:
+            grpc.RpcError: as the call raises it.
+            ShardLostError: when this line was closed.
+        """
+        while not self._closed:
+            stub = self._stub
+            if stub is None:
+                self.find()
+                continue
+            try:
+                return make(stub)
+            except ValueError:  # gRPC's, of a call on a channel that is closed
+                if stub is self._stub and not self._closed:
+                    raise
+        raise ShardLostError(f"the connection to {self} was closed on this side")
+
+    def close(self) -> None:
+        """Close the channel, for good, and with it everything that is open."""
+        with self._lock:
+            self._closed = True
+            if self._channel is not None:
+                self._channel.close()
+
+    def _check(self, place: str) -> None:
+        try:
+            check_address(place, insecure=self._insecure, encrypted=self._credentials.tls is not None)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self._address} was looked up: {error}") from None
+
+    def _open(self, place: str) -> None:
+        with self._lock:
+            if self._closed or place == self._place:
+                return
+            left = self._channel
+            self._channel = channel(place, self._credentials, _RECONNECT_OPTIONS)
+            self._stub = AggregationServiceStub(self._channel)
+            self._place = place
+        if left is not None:
+            left.close()
+
+
+@final
 class ShardCalls:
     """Calls to one shard. ``setup_bytes`` counts seeds and snapshots.
 
     All may be repeated: registering, seeding and reading twice is as good as once. So a shard that is lost in the
-    middle of one is looked for, and asked again.
+    middle of one is looked for, and asked again; where it goes by a name, that is looked up each time.
 
     Args:
         shard: Position of the shard.
-        address: ``host:port``.
+        address: ``host:port``, which `check_address` has let pass, or ``SCHEME://RUN/SHARD``.
         who: The caller, for people: ``worker 3``.
         credentials: What is shown to the shard, and trusted.
         patience: Seconds to try to find the shard again when it is lost; 0 tells so at once.
+        insecure: Plain text may go wherever a name leads.
+
+    Raises:
+        ConfigurationError: when the address is no name of a shard, or a file of the credentials cannot be read.
     """
 
     def __init__(
@@ -85,19 +194,20 @@ class ShardCalls:
         who: str,
         credentials: Credentials = NO_CREDENTIALS,
         patience: float = 0.0,
+        *,
+        insecure: bool = False,
     ) -> None:
-        """Open a channel; gRPC connects in the background."""
-        self.shard, self.address, self.patience = shard, address, patience
+        """Prepare; gRPC connects in the background."""
+        self.shard, self.patience = shard, patience
         self._who = who
         self._closed = threading.Event()
-        self._channel = channel(address, credentials, _RECONNECT_OPTIONS)
-        self._stub = AggregationServiceStub(self._channel)
+        self._line = _Line(address, credentials, insecure=insecure)
         self._answer_timeout = CALL_SECONDS
         self.setup_bytes = 0
 
     def __str__(self) -> str:
-        """For people: ``shard 1 at 127.0.0.1:50052``."""
-        return f"shard {self.shard} at {self.address}"
+        """For people: ``shard 1 at 127.0.0.1:50052``; of a named one both, the name and where it is."""
+        return f"shard {self.shard} at {self._line}"
 
     def wait_ready(self, deadline: float) -> None:
         """Wait until the shard can be reached; ``deadline`` is on the monotonic clock.
@@ -115,26 +225,39 @@ class ShardCalls:
     def _is_ready(self, deadline: float) -> bool:
         """Wait until the shard can be reached; False when it cannot be by then, or the channel is closed."""
         begin = time.monotonic()
+        notice = NOTICE_SECONDS
         while (left := deadline - time.monotonic()) > 0 and not self._closed.is_set():
-            # A call, because a future of the channel leaves a thread behind that fails when the channel is closed.
-            try:
-                self._stub.Statistics(pb.StatisticsRequest(), timeout=min(left, NOTICE_SECONDS), wait_for_ready=True)
-            except grpc.RpcError as error:
-                if not is_transient(error):
-                    raise self.translate(error) from None
-                waited = time.monotonic() - begin
-                _logger.warning("%s has waited %.0f s for %s", self._who, waited, self)
-            else:
+            if self._answers(min(left, NOTICE_SECONDS)):
                 return True
+            if (waited := time.monotonic() - begin) >= notice:
+                notice = waited + NOTICE_SECONDS
+                _logger.warning("%s has waited %.0f s for %s", self._who, waited, self)
         return False
 
-    def _insist(self, call: Callable[[], T]) -> T:
+    def _answers(self, seconds: float) -> bool:
+        """Look for the shard, and ask it something; False when it does not answer for ``seconds``."""
+        question, stays = pb.StatisticsRequest(), not self._line.is_named
+        # A call, because a future of the channel leaves a thread behind that fails when the channel is closed. It waits
+        # for a place that stays; of a name, the directory may soon know a better one.
+        try:
+            self._line.find()
+            self._line.call(lambda stub: stub.Statistics(question, timeout=seconds, wait_for_ready=stays))
+        except (grpc.RpcError, ConnectionTimeoutError) as error:
+            if not is_transient(error):
+                raise self.translate(error) from None
+            if not stays:
+                self._closed.wait(min(seconds, _LOOK_SECONDS))
+            return False
+        return True
+
+    def _insist(self, call: Callable[[AggregationServiceStub], T]) -> T:
         """Make a call; repeat it while the shard cannot be reached or breaks off, until the patience is used up."""
         deadline = math.inf
         for pause in pauses():
             try:
-                return call()
-            except grpc.RpcError as error:
+                self._line.find()
+                return self._line.call(call)
+            except (grpc.RpcError, ConnectionTimeoutError) as error:
                 if not is_transient(error) or not self.patience:
                     raise self.translate(error) from None
                 deadline = min(deadline, time.monotonic() + self.patience)
@@ -148,20 +271,22 @@ class ShardCalls:
 
     def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Announce a worker. Raises what the shard raised (`RegistrationError`, `LayoutError`, …)."""
-        return self._insist(lambda: self._register(request))
+        return self._insist(lambda stub: self._register(stub, request))
 
-    def _register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
-        response = self._stub.Register(request, timeout=CALL_SECONDS)
+    def _register(self, stub: AggregationServiceStub, request: pb.RegisterRequest) -> pb.RegisterResponse:
+        response = stub.Register(request, timeout=CALL_SECONDS)
         self._answer_timeout = response.answer_timeout
         return response
 
     def seed(self, registration: pb.RegisterRequest, data: bytes, refill: pb.Refill | None = None) -> bool:
         """Give the shard its starting values, or what it has lost; False when it needs none."""
         self.setup_bytes += len(data)
-        return self._insist(lambda: self._seed(registration, data, refill))
+        return self._insist(lambda stub: self._seed(stub, registration, data, refill))
 
-    def _seed(self, registration: pb.RegisterRequest, data: bytes, refill: pb.Refill | None) -> bool:
-        self._register(registration)  # a shard that has just lost its state knows nobody
+    def _seed(
+        self, stub: AggregationServiceStub, registration: pb.RegisterRequest, data: bytes, refill: pb.Refill | None
+    ) -> bool:
+        self._register(stub, registration)  # a shard that has just lost its state knows nobody
         requests = (
             pb.SeedRequest(
                 rank=registration.rank,
@@ -172,7 +297,7 @@ class ShardCalls:
             )
             for index, (_, chunk) in enumerate(chunks(data))
         )
-        return self._stub.Seed(requests, timeout=self._answer_timeout + MARGIN_SECONDS).accepted
+        return stub.Seed(requests, timeout=self._answer_timeout + MARGIN_SECONDS).accepted
 
     def snapshot(self, wait_seconds: float) -> Snapshot:
         """Return the shard's state; waits until it is seeded.
@@ -182,7 +307,8 @@ class ShardCalls:
             FrameError: when the answer is no state of a model.
         """
         request = pb.SnapshotRequest(wait_seconds=wait_seconds)
-        parts = self._insist(lambda: list(self._stub.Snapshot(request, timeout=wait_seconds + MARGIN_SECONDS)))
+        timeout = wait_seconds + MARGIN_SECONDS
+        parts = self._insist(lambda stub: list(stub.Snapshot(request, timeout=timeout)))
         snapshot, size = snapshot_from_parts(parts, str(self))
         self.setup_bytes += size
         return snapshot
@@ -190,16 +316,16 @@ class ShardCalls:
     def statistics(self, timeout: float = CALL_SECONDS) -> pb.StatisticsResponse:
         """Return the shard's counters."""
         with self.translated():
-            return self._stub.Statistics(pb.StatisticsRequest(), timeout=timeout)
+            return self._line.call(lambda stub: stub.Statistics(pb.StatisticsRequest(), timeout=timeout))
 
     def exchange(self, requests: Iterable[pb.ExchangeRequest]) -> Iterator[pb.ExchangeResponse]:
         """Open a conversation; what it says is read by iterating, which raises gRPC's own errors."""
-        return self._stub.Exchange(iter(requests))
+        return self._line.call(lambda stub: stub.Exchange(iter(requests)))
 
     def close(self) -> None:
         """Close the channel, and with it everything that is open."""
         self._closed.set()
-        self._channel.close()
+        self._line.close()
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -210,7 +336,9 @@ class ShardCalls:
             raise self.translate(error) from None
 
     def translate(self, error: Exception) -> ThresherError:
-        """Return a gRPC error as one of ours."""
+        """Return a gRPC error as one of ours; what is one already stays."""
+        if isinstance(error, ThresherError):
+            return error
         if not isinstance(error, grpc.Call):
             return ProtocolError(f"{self}: {error}")
         said = details(error)
@@ -233,7 +361,12 @@ class ShardCalls:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return True for what the network does; False for what the shard says, which carries the name of its error."""
+    """Return True for what the network does, and for a shard of which nobody knows at the moment where it is.
+
+    False for what the shard says, which carries the name of its error.
+    """
+    if isinstance(error, ConnectionTimeoutError):
+        return True
     if not isinstance(error, grpc.Call):
         return False
     return dict(error.trailing_metadata() or ()).get(ERROR_NAME) is None and error.code() in _TRANSIENT

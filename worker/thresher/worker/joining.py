@@ -83,21 +83,23 @@ def join(
         ConfigurationError: when this worker's time-outs and those of a shard cannot work together.
         LayoutError: when the model's tensors are too many to be registered, or as a shard refused.
         RegistrationError, OptimizerError, FencedError: as a shard refused.
-        DataLossError: when the shards are in another run than ``run``.
+        DataLossError: when the shards are in another run than ``run``, unless the worker's folder is a local one.
     """
     slices = model.layout.slices(len(settings.addresses))
     request = _registration(settings, model, spec, placement)
     request.metrics_address = metrics_address
     calls = [
-        ShardCalls(shard, address, f"worker {settings.rank}", settings.credentials, settings.reconnect_timeout)
+        ShardCalls(
+            shard, address, f"worker {settings.rank}", settings.credentials, settings.reconnect_timeout,
+            insecure=settings.insecure,
+        )  # fmt: skip
         for shard, address in enumerate(settings.addresses)
     ]
     joined: list[JoinedShard] = []
     clients: list[ShardClient] = []
     try:
         answers = _registered(calls, request, time.monotonic() + settings.connect_timeout, clients, settings)
-        if run is not None:
-            _check_run(run, answers[0].run, settings)
+        run = _fitting(run, answers[0].run, settings)
         if settings.rank == 0 and run is None and not any(answer.version for answer in answers):
             empty = [one for one, answer in zip(calls, answers, strict=True) if not answer.seeded]
             _seed(empty, slices, request, model, placement)
@@ -121,12 +123,15 @@ def join(
     return joined
 
 
-def _check_run(mine: int, theirs: int, settings: Settings) -> None:
-    if mine != theirs:
-        raise DataLossError(
-            f"worker {settings.rank} remembers run {mine:x} in {settings.state_dir}, the shards are in run {theirs:x}; "
-            "give it the folder of this run, or an empty one"
-        )
+def _fitting(mine: int | None, theirs: int, settings: Settings) -> int | None:
+    """Return the run that this worker remembers, where it is that of the shards; None where its memory is discarded."""
+    if mine in (None, theirs):
+        return mine
+    what = f"worker {settings.rank} remembers run {mine:x} in {settings.state_dir}, the shards are in run {theirs:x}"
+    if not settings.state_is_local:
+        raise DataLossError(f"{what}; give it the folder of this run, or an empty one")
+    _logger.warning("%s: its memory is of no use here, and is discarded", what)
+    return None
 
 
 def _look_back(shard: JoinedShard, settings: Settings, *, is_back: bool) -> None:

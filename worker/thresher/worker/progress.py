@@ -1,12 +1,16 @@
 """Where this worker is in the user's loop, so that a worker that was killed can go on there."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol, final, runtime_checkable
 
 import torch
 
+from thresher.protos.bookmark import Bookmark, Share
 from thresher.protos.errors import ConfigurationError, ProtocolError
+
+_logger = logging.getLogger(__name__)
 
 AGREEMENTS: Final = 64
 """How many of the newest agreements the shards can tell once more."""
@@ -55,17 +59,27 @@ class Progress:
     and the same randomness, so that the user's code behind ``optimizer.step()`` runs once. Hence everything here is
     kept as it was when that iteration began.
 
+    A worker without a memory goes on at a `Bookmark` of the others. Where the number of workers changes in the middle
+    of a pass, what is left of it is dealt anew: all workers begin with that at the same place.
+
+    Args:
+        workers: Among how many workers the data are dealt.
+
     Attributes:
         step: Optimizer steps made.
         batch: Batches taken since: gradients may be accumulated over several.
         pass_step: The step at which the pass over the data began.
-        taken: Batches taken in this pass.
+        taken: Batches taken in this pass, since it is dealt for as many workers as now.
+        dealt_for: How many that are.
+        earlier: What was taken of this pass before, when it was dealt for other numbers of workers.
         schedule: Of the optimizer, once there is one; given back together with what the user keeps.
-        resumed: This worker was killed before.
+        resumed: This worker was killed before, or goes on where others are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
         """Begin at the first step."""
+        self._workers = self.dealt_for = workers
+        self.earlier: tuple[Share, ...] = ()
         self.step = self.batch = self.pass_step = self.taken = 0
         self._number = -1  # of the pass that `passes` has yielded last
         self._begun = 0  # passes over data in it
@@ -85,6 +99,8 @@ class Progress:
         self._restored: Mapping[str, Any] = {}
         self._scheduled: Sequence[Mapping[str, Any]] | None = None
         self._began: dict[str, Any] = {}
+        self._redealt: tuple[Share, ...] = ()  # takes the place of the shares when this step is over
+        self._lacking = ""  # what is to be said of things that are to be kept and were not
         self.schedule: Schedule | None = None
         self.resumed = False
 
@@ -138,6 +154,7 @@ class Progress:
         else:
             self._begun += 1
             self.pass_step, self.taken = self.step, 0
+            self.dealt_for, self.earlier = self._workers, ()
         self._leave_loop()
         self._open, self._outside = True, len(self._results)
         return True
@@ -165,6 +182,27 @@ class Progress:
         if pushed:
             self._pushed, self._pushed_step = self._iteration, self.step
         self.step, self.batch = self.step + 1, 0
+        if self._redealt:
+            self._deal(self._redealt)
+
+    def bookmark(self) -> Bookmark | None:
+        """Return where this loop is when this step is over; None where it does not take its batches here."""
+        if not self._begun:
+            return None
+        return Bookmark(self.step + 1, self._number + 1, self._begun, self.pass_step, self._shares, self._agreements)
+
+    @property
+    def fetched(self) -> int:
+        """How many batches this worker, or one in its place, has taken in this pass."""
+        return sum(taken for _, taken in self._shares)
+
+    @property
+    def _shares(self) -> tuple[Share, ...]:
+        return (*self.earlier, (self.dealt_for, self.taken))
+
+    def _deal(self, shares: Sequence[Share]) -> None:
+        *earlier, (self.dealt_for, self.taken) = shares
+        self.earlier, self._redealt = tuple(earlier), ()
 
     # What the user keeps
 
@@ -182,6 +220,8 @@ class Progress:
             self._kept[name] = one
             if name in self._restored:
                 one.load_state_dict(copy.deepcopy(self._restored[name]))
+            if self._lacking:
+                _logger.warning(self._lacking, name)
         self._reschedule()
 
     def _restore(self) -> None:
@@ -246,23 +286,45 @@ class Progress:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on with the iteration of a `state`."""
-        self.step, self.pass_step, self.taken = state["step"], state["pass_step"], state["taken"]
-        self._number, self._begun = state["number"], state["begun"]
-        self._to_skip = max(0, self._begun - 1)
-        self._inside = self._begun > 0
-        self._resuming = self._number >= 0
+        self._begin_at(state["step"], state["number"], state["begun"], state["pass_step"])
+        self._deal(state["shares"])
         self._results = list(state["results"])
         self._before, self._forgotten = state["before"], state["forgotten"]
         self._iteration = self._pushed = self._agreements
         self._pushed_step = self.step
         self._restored, self._scheduled, self.resumed = state["kept"], state["schedule"], True
 
+    def _begin_at(self, step: int, number: int, begun: int, pass_step: int) -> None:
+        self.step, self._number, self._begun, self.pass_step = step, number, begun, pass_step
+        self._to_skip = max(0, begun - 1)
+        self._inside = begun > 0
+        self._resuming = number >= 0
+
+    def deal_anew(self, place: Bookmark) -> None:
+        """Go on at ``place``, in this pass, once the iteration is over that is made again: it was dealt otherwise."""
+        self._redealt = place.shares
+
+    def join(self, place: Bookmark, schedule: Sequence[Mapping[str, Any]] | None, lacking: str) -> None:
+        """Go on at a bookmark of the others, who have come further than this worker remembers.
+
+        Args:
+            place: Where they are.
+            schedule: Hyper-parameters in force, by group; None where only the workers know them.
+            lacking: What is to be said of each thing that is to be kept; its name takes the place of ``%s``.
+        """
+        self._begin_at(place.step, place.passes - 1, place.begun, place.pass_step)
+        self._deal(place.dealt_for(self._workers).shares)
+        self._results, self._before, self._asked, self._forgotten = [], 0, 0, place.agreements
+        self._iteration = self._pushed = self._agreements
+        self._pushed_step = self.step
+        self._scheduled, self._lacking, self.resumed = schedule, lacking, True
+
     def _now(self) -> dict[str, Any]:
         results = self._results[: self._outside]
         return {
             "step": self.step,
             "pass_step": self.pass_step,
-            "taken": self.taken,
+            "shares": self._shares,
             "number": self._number,
             "begun": self._begun,
             "results": results,

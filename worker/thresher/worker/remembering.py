@@ -1,18 +1,22 @@
 """What a worker would lose by dying is kept in its memory, step by step; one that was killed goes on from there."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
+from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
 from thresher.protos.errors import DataLossError
 from thresher.protos.faults import reached
+from thresher.protos.optimizers import Hyperparameter
+from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.memory import Memory, MemoryFileError
 from thresher.worker.parameters import ModelParameters
-from thresher.worker.placement import Placement
+from thresher.worker.placement import GradientPlaced, Placement
 from thresher.worker.progress import Progress
-from thresher.worker.rounds import Rounds
+from thresher.worker.rounds import Pending, Rounds
 from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings
 
@@ -42,6 +46,7 @@ class Remembering:
     ) -> None:
         """Open the memory."""
         self._model, self._selection, self._placement, self._progress = model, selection, placement, progress
+        self._settings = settings
         self._who, self._folder = f"worker {settings.rank}", settings.state_dir
         self._path = Path()
         self._memory: Memory | None = None
@@ -72,31 +77,102 @@ class Remembering:
         """The run that the kept iteration belongs to; None where there is none."""
         return None if self.kept is None else int(self.kept["run"])
 
-    def go_on(self, rounds: Rounds) -> None:
+    def go_on(self, rounds: Rounds) -> bool:
         """Give everything its state back, and have the round finished in which this worker was ended.
+
+        Returns:
+            False where there is nothing to go on from, or what there is has been discarded.
 
         Raises:
             DataLossError: when the shards have taken later pushes: the newest state was damaged, or the file is an old
-                copy. To go on from it would send once more what was sent, or never what was kept back.
+                copy. To go on from it would send once more what was sent, or never what was kept back. Where the
+                folder is a local one it is discarded instead, because a newer one may be on another machine.
         """
+        if self.kept is not None and not self._fits(self.kept, rounds):
+            self.kept = None
         kept = self.kept
         if kept is None:
-            return
-        most = kept["number"] + 1 + kept["means_begun"]
-        ahead = next((shard for shard in rounds.shards if shard.answer.settled_steps > most), None)
-        if ahead is not None:
-            reason = (
-                f"{self._who} finds push {kept['number']} in {self._path}, but {ahead.client} has taken its push "
-                f"{ahead.answer.settled_steps - 1}: the file is older than that, and what was kept back since is lost. "
-                "Bring the newest file back, or remove it to go on without"
-            )
-            rounds.abort(reason)
-            raise DataLossError(reason)
+            return False
         self._progress.load(kept["progress"])
         self._selection.load_state_dict(kept["selection"])
         self._placement.load_state_dict(kept["placement"])
-        rounds.resume(kept["number"], kept["pending"])
-        _logger.info("%s goes on with step %d", self._who, self._progress.step)
+        rounds.follows = kept["follows"]
+        rounds.resume(kept["number"], self._dealt_anew(kept, rounds))
+        if rounds.went_on_without(kept["number"] + kept["means_begun"]) and rounds.bookmark() is not None:
+            self._come_back(kept, rounds)
+        else:
+            _logger.info("%s goes on with step %d", self._who, self._progress.step)
+        return True
+
+    def _fits(self, kept: Mapping[str, Any], rounds: Rounds) -> bool:
+        """Return False for a memory that is to be discarded."""
+        if kept["run"] != rounds.shards[0].client.history.run:  # as `join` has said
+            return False
+        most = kept["number"] + 1 + kept["means_begun"]
+        ahead = next((shard for shard in rounds.shards if shard.answer.settled_steps > most), None)
+        if ahead is None:
+            return True
+        reason = (
+            f"{self._who} finds push {kept['number']} in {self._path}, but {ahead.client} has taken its push "
+            f"{ahead.answer.settled_steps - 1}: the file is older than that, and what was kept back since is lost"
+        )
+        if self._settings.state_is_local:
+            _logger.warning("%s. It is discarded", reason)
+            return False
+        reason += ". Bring the newest file back, or remove it to go on without"
+        rounds.abort(reason)
+        raise DataLossError(reason)
+
+    def _dealt_anew(self, kept: Mapping[str, Any], rounds: Rounds) -> list[Pending]:
+        """Return the kept pushes; where the data are dealt for another number of workers now, they say so.
+
+        All workers deal anew from the place on that the shards knew when the run was begun again: a step whose push is
+        on its way counts as one that was made behind it.
+        """
+        (said, frame), *others = kept["pending"]
+        push = pb.Push.FromString(said)
+        workers, first = self._settings.workers, rounds.shards[0].answer
+        told = bookmark_from_message(push.bookmark) if push.HasField("bookmark") else None
+        if told is None or told.workers == workers:
+            return list(kept["pending"])
+        before = bookmark_from_message(first.bookmark) if first.HasField("bookmark") else None
+        if first.settled_steps > push.step:
+            place = (before or told).dealt_for(workers)
+        else:
+            place = told.redealt(before, workers)
+        self._progress.deal_anew(place)
+        push.bookmark.CopyFrom(bookmark_to_message(place))
+        return [(push.SerializeToString(), frame), *others]
+
+    def _come_back(self, kept: Mapping[str, Any], rounds: Rounds) -> None:
+        """Take what came too late back into the residual, and go on where the others are by now."""
+        outcome = rounds.finish()
+        for piece, values in outcome.returned:
+            self._selection.give_back(piece, values)
+        self._selection.adopt(outcome.updates, outcome.pulled_bytes)
+        self._model.assign_untrained(kept["untrained"])
+        self.kept = None
+        self.join(rounds, f"is as it was in step {kept['progress']['step']}")
+
+    def join(self, rounds: Rounds, otherwise: str = "begins as the script made it") -> None:
+        """Go on where the others are, with the hyper-parameters in force, if they have told where that is.
+
+        Args:
+            rounds: Of a worker without a memory, or one that was away for longer than its lease.
+            otherwise: What is said of the things that are to be kept.
+        """
+        place = rounds.bookmark() if rounds.shards[0].follower.version else None
+        if place is None:
+            return
+        groups: list[dict[str, Hyperparameter]] = []
+        if isinstance(self._placement, GradientPlaced) and not self._settings.consistency.momentum_per_push:
+            groups = [dict(group) for group in self._placement.shard_optimizer.groups]
+            for one in rounds.shards[0].overrides:
+                groups[one.group][one.name] = one.value
+        where = f"{self._who} goes on where the others are, behind step {place.step - 1}"
+        rounds.follows = True
+        self._progress.join(place, groups or None, f"{where}; what is kept as %s {otherwise}")
+        _logger.warning("%s: its own state was lost, or it was away for longer than its lease, or it is new", where)
 
     def repeated(self, rounds: Rounds) -> bool:
         """Take note that the kept iteration has been made again; False where it was not to be.
@@ -128,6 +204,7 @@ class Remembering:
                 "run": rounds.shards[0].client.history.run,
                 "progress": self._progress.state(),
                 "number": rounds.number,
+                "follows": rounds.follows,
                 "pending": rounds.pending,
                 "selection": self._selection.state_dict(),
                 "placement": self._placement.state_dict(),

@@ -11,6 +11,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message
 from thresher.protos.codec import decode, encode
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import BehindError, LostHistoryError, RoundFailedError
@@ -65,6 +66,7 @@ class Rounds:
     Attributes:
         number: How many rounds this worker has taken part in: what the protocol calls its step.
         membership: Who belongs to the run, as the first shard said last.
+        follows: This worker goes on without the state of its schedule: in lockstep the others say what is in force.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Rounds:
         self._settled: list[bool] = []
         self._pulled = 0  # bytes, when the round began
         self.number = 0
+        self.follows = False
         self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
     @property
@@ -106,6 +109,7 @@ class Rounds:
         overrides: Sequence[Override],
         proposal: float | None,
         residual: Tensor,
+        bookmark: Bookmark | None,
     ) -> None:
         """Make the pushes of the next round; `send` sends them.
 
@@ -115,6 +119,7 @@ class Rounds:
             overrides: Hyper-parameters in force that differ from the registered ones.
             proposal: λ for the next round; None from all but rank 0.
             residual: [numel] float32, what this worker keeps.
+            bookmark: Where the loop is when this step is over, for the first shard.
         """
         self._pending = []
         for shard in self.shards:
@@ -128,6 +133,8 @@ class Rounds:
                 overrides=overrides_to_messages(overrides),
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
+                follows=self.follows and self._consistency.lockstep,
+                bookmark=None if bookmark is None or self._pending else bookmark_to_message(bookmark),
             )
             frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
             self._pending.append((push.SerializeToString(), frame))
@@ -228,6 +235,8 @@ class Rounds:
     def begin(self) -> None:
         """Begin without a memory: in a new run, as a newcomer, or after this worker's state was lost.
 
+        In lockstep the first shard waits for this worker's next push afterwards.
+
         Where the shards have heard different numbers of this rank's pushes, those behind are told that one is lost.
         """
         answers = [shard.answer for shard in self.shards]
@@ -241,6 +250,20 @@ class Rounds:
             self.finish()
         elif self._consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
+
+    def bookmark(self) -> Bookmark | None:
+        """Return where the members' loops are, as the first shard knows it now; None where nobody has told.
+
+        In lockstep it waits for the next push of a member, so that is where all are.
+        """
+        first = self.shards[0]
+        answer = first.client.calls.register(first.client.registration)
+        return bookmark_from_message(answer.bookmark) if answer.HasField("bookmark") else None
+
+    def went_on_without(self, step: int) -> bool:
+        """True when the others have gone on without this worker, in lockstep, since it pushed ``step``."""
+        evicted = self.rank not in self.membership.ranks
+        return self._consistency.lockstep and (evicted or self.shards[0].follower.version > step + 1)
 
     def _is_next(self, step: int) -> bool:
         """True when this worker is a member, and the first shard waits for this step of it.

@@ -15,9 +15,9 @@ from thresher.protos.errors import NonFiniteGradientError, ProtocolError
 from thresher.protos.faults import reached
 from thresher.protos.optimizers import OptimizerSpec, hyperparameters_of, spec_of
 from thresher.protos.sparse import SparseGradient
-from thresher.protos.transport import check_address
 from thresher.protos.update import Presence
 from thresher.worker.batches import keyed_batches
+from thresher.worker.directory import check_shard
 from thresher.worker.evaluation import EvaluationPoint, evaluation_point
 from thresher.worker.joining import join
 from thresher.worker.metrics import WorkerMetrics
@@ -41,12 +41,12 @@ def connect(addresses: str | None = None, *, settings: Settings | None = None) -
     """Join the run that this process was started for. The next call is `Session.wrap`.
 
     Args:
-        addresses: ``host:port,host:port,…`` of the shards; by default from the environment (``thresher launch`` sets
-            it), as everything else.
+        addresses: ``host:port,host:port,…`` of the shards, or the name of a run, ``ray://NAME`` (see `Directory`); by
+            default from the environment (``thresher launch`` sets it), as everything else.
         settings: Everything explicitly, instead of the environment.
 
     Raises:
-        ConfigurationError: when no shard is named, or a setting is out of range.
+        ConfigurationError: when no shard is named, or a setting is out of range; also what `Directory` raises.
     """
     return Session(settings if settings is not None else settings_from(addresses=addresses))
 
@@ -66,10 +66,10 @@ class Session:
         """Prepare; nothing is sent before `wrap`."""
         encrypted = settings.credentials.tls is not None
         for address in settings.addresses:
-            check_address(address, insecure=settings.insecure, encrypted=encrypted)
+            check_shard(address, insecure=settings.insecure, encrypted=encrypted)
         self._settings = settings
         self._rounds = Rounds(settings.rank, (), settings.consistency, _NO_OPTIMIZER, dict)
-        self._progress = Progress()
+        self._progress = Progress(settings.workers)
         self._remembering: Remembering | None = None
         self._termination = Termination(self._leave)
         self._metrics: WorkerMetrics | None = None
@@ -84,7 +84,7 @@ class Session:
 
     @property
     def workers(self) -> int:
-        """Number of workers the run started with."""
+        """Number of workers, as this one was told: among so many its data are dealt."""
         return self._settings.workers
 
     @property
@@ -150,15 +150,14 @@ class Session:
         """Begin from where the shards are, and from where this worker was, if it took part before."""
         settings, selection, placement = self._settings, self._selecting, self._placement
         self._remembering = Remembering(settings, self._model, selection, placement, self._progress)
-        run = self._remembering.run
         address = self._metrics.address if self._metrics is not None else ""
-        shards = join(settings, self._model, spec, placement, address, run=run)
+        shards = join(settings, self._model, spec, placement, address, run=self._remembering.run)
         optimizer, untrained = placement.shard_optimizer, self._model.untrained
         self._rounds = Rounds(self.rank, shards, settings.consistency, optimizer, untrained)
-        if run is not None:
-            self._remembering.go_on(self._rounds)
+        if self._remembering.go_on(self._rounds):
             return
         self._rounds.begin()
+        self._remembering.join(self._rounds)
         if selection.threshold is None:
             selection.threshold = shards[0].threshold
 
@@ -170,13 +169,14 @@ class Session:
         it is fetched and before it is yielded, so that what a step draws depends neither on the steps before nor on how
         its data were loaded. Among several batches of one step each has a key of its own.
 
-        A worker that was killed goes on behind the batches it had taken; variables of the loop, such as the number that
-        ``enumerate`` counts, begin anew: count with `step`, and `keep` what else must go on.
+        A worker that was killed goes on behind the batches it had taken, one without a state where the others are;
+        variables of the loop, such as the number that ``enumerate`` counts, begin anew: count with `step`, and `keep`
+        what else must go on. Where a run goes on with another number of workers, the rest of the pass is dealt anew.
 
         Raises:
             ProtocolError: when another pass is not over yet.
         """
-        yield from keyed_batches(loader, self._progress, seed=self._settings.seed, rank=self.rank, workers=self.workers)
+        yield from keyed_batches(loader, self._progress, seed=self._settings.seed, rank=self.rank)
 
     def passes(self, count: int) -> Iterator[int]:
         """Yield 0 … ``count`` - 1, as ``range(count)`` does; a worker that was killed begins at the pass it was in.
@@ -307,7 +307,7 @@ class Session:
         message = self._placement.message()
         sent, presence = self._select(message, leaving=leaving)
         proposal = self._selecting.propose(message, sent) if self.rank == 0 else None
-        self._rounds.prepare(sent, presence, overrides, proposal, self.residual)
+        self._rounds.prepare(sent, presence, overrides, proposal, self.residual, self._progress.bookmark())
         reached(f"worker {self.rank}", "compress")
         if remembering is not None:
             remembering.keep(self._rounds)

@@ -11,6 +11,7 @@ from thresher.protos.consistency import Consistency
 from thresher.protos.credentials import NO_CREDENTIALS, Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.timeouts import CONNECT_SECONDS, RECONNECT_SECONDS, check_timeouts
+from thresher.worker.directory import name_in, variables_of
 from thresher.worker.method import Method
 
 Value = TypeVar("Value", int, float, str)
@@ -33,7 +34,8 @@ class Settings:
     """How one worker takes part.
 
     Attributes:
-        addresses: ``host:port`` of each shard, in the order of the shards.
+        addresses: ``host:port`` of each shard, or ``SCHEME://RUN/SHARD``, which a directory finds (see `Directory`); in
+            the order of the shards.
         rank: This worker's position, 0 … workers - 1.
         workers: Number of workers.
         seed: Keys data order and randomness, together with rank and step.
@@ -41,6 +43,8 @@ class Settings:
         consistency: When rounds close.
         state_dir: Folder of the file in which this worker's state survives the worker; None keeps it in memory only.
         state_sync: That file is synced with each step, and so survives the machine.
+        state_is_local: Other machines have another ``state_dir``, so that what is there may be older than what the
+            shards know of this worker.
         connect_timeout: Seconds to wait for the shards to come up.
         reconnect_timeout: Seconds to look for a shard that was lost; no less than the shards' lease.
         threshold_factor: This worker's factor on the run's λ: above 1 where its uplink is slow.
@@ -57,6 +61,7 @@ class Settings:
     consistency: Consistency = _SYNC
     state_dir: Path | None = None
     state_sync: bool = False
+    state_is_local: bool = False
     connect_timeout: float = CONNECT_SECONDS
     reconnect_timeout: float = RECONNECT_SECONDS
     threshold_factor: float = 1.0
@@ -96,6 +101,7 @@ class Settings:
             "RECONNECT_TIMEOUT": self.reconnect_timeout,
             "STATE_DIR": self.state_dir,
             "STATE_SYNC": self.state_sync,
+            "STATE_IS_LOCAL": self.state_is_local,
             **{name.upper(): getattr(self.consistency, name) for name in _CONSISTENCY},
             "THRESHOLD_FACTOR": self.threshold_factor,
             "METRICS": self.metrics_listen,
@@ -116,17 +122,22 @@ class Settings:
 def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str | None = None) -> Settings:
     """Read the settings from ``THRESHER_*`` variables; ``addresses`` go before ``THRESHER_SHARDS``.
 
+    Where these are ``SCHEME://RUN``, the run's directory has the variables. Those that are set here go before them, but
+    for the shards, of which only the directory knows.
+
     Raises:
         ConfigurationError: when one is missing or cannot be read; the message names it.
+        ThresherError: as the directory of a named run raises it.
     """
-    found = {name.removeprefix(_PREFIX): value for name, value in environment.items() if name.startswith(_PREFIX)}
+    found = _ours(environment)
     if addresses is not None:
         found["SHARDS"] = addresses
     if "SHARDS" not in found:
         raise ConfigurationError(
-            "this script connects to a parameter server, and none is named: start it with "
-            "`thresher launch script.py`, or set THRESHER_SHARDS, THRESHER_RANK and THRESHER_WORKERS"
+            "this script connects to a parameter server, and none is named: start it with `thresher launch script.py`, "
+            "name a run (connect('ray://NAME')), or set THRESHER_SHARDS, THRESHER_RANK and THRESHER_WORKERS"
         )
+    found = _with_those_of_the_run(found)
     method: dict[str, Any] = {
         field.name: _read(found, field.name.upper(), _KINDS.get(field.name, str))
         for field in fields(Method)
@@ -150,6 +161,7 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
         consistency=Consistency(**consistency),
         state_dir=Path(found["STATE_DIR"]) if "STATE_DIR" in found else None,
         state_sync=_flag(found, "STATE_SYNC"),
+        state_is_local=_flag(found, "STATE_IS_LOCAL"),
         connect_timeout=CONNECT_SECONDS if timeout is None else timeout,
         reconnect_timeout=RECONNECT_SECONDS if patience is None else patience,
         threshold_factor=1.0 if factor is None else factor,
@@ -157,6 +169,21 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
         insecure=_flag(found, "INSECURE"),
         credentials=_credentials(found),
     )
+
+
+def _ours(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(_PREFIX): value for name, value in variables.items() if name.startswith(_PREFIX)}
+
+
+def _with_those_of_the_run(found: dict[str, str]) -> dict[str, str]:
+    """Add what the directory says of a run that is named as a whole."""
+    if "," in found["SHARDS"]:
+        return found
+    name = name_in(found["SHARDS"])
+    if name is None or name.shard is not None:
+        return found
+    of_the_run = _ours(variables_of(name))
+    return {**of_the_run, **found, "SHARDS": of_the_run["SHARDS"]}
 
 
 def _credentials(found: Mapping[str, str]) -> Credentials:
