@@ -49,6 +49,7 @@ FOREIGN = {
     ),
     *("found_inf", "grad_scale", "load_state_dict", "state_dict", "call_soon_threadsafe", "param_groups", "atexit"),
     *("register_step_pre_hook", "register_step_post_hook", "register_state_dict_pre_hook"),
+    *("ScalingConfig", "TorchTrainer", "prepare_data_loader", "prepare_model"),  # Ray Train's
     *("register_load_state_dict_pre_hook", "_step_supports_amp_scaling", "file_sd_configs", "job_name", "rate"),
 }
 FOREIGN_ROOTS = {"torch", "optimizer", "loss", "model", "loader", "grpc"}
@@ -193,7 +194,9 @@ def anchors(page: Path) -> set[str]:
 def parameters() -> dict[str, list[Any]]:
     """What each command takes; typer hands out objects of the click that it has inside or beside it."""
     group: Any = typer.main.get_command(app)
-    return {name: command.params for name, command in group.commands.items()}
+    ray: Any = group.commands["ray"]
+    verbs = {f"ray {name}": command for name, command in ray.commands.items()}
+    return {name: command.params for name, command in (group.commands | verbs).items()}
 
 
 def options() -> dict[str, set[str]]:
@@ -209,7 +212,7 @@ def test_every_option_exists(page: Path) -> None:
     everywhere = set().union(*options().values(), script_options())
     spoken = {option for one in ticked(page) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", one)}
     assert not sorted(spoken - everywhere)
-    for command, arguments in re.findall(r"thresher (launch|serve|replay|certs)((?: [^\s`]+)*)", text):
+    for command, arguments in re.findall(r"thresher (launch|serve|replay|certs|ray \w+)((?: [^\s`]+)*)", text):
         own = re.split(r"\S+\.py\b", arguments)[0]
         assert not sorted(set(re.findall(r"--[a-z][a-z-]+", own)) - options()[command]), arguments
 

@@ -1,16 +1,19 @@
 """``thresher bench``: what it measures comes out as a table for people or as JSON for programs."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from thresher.deploy.cli import app
+from thresher.deploy.ray_cluster import requirement
 
 SMALL = {
     "compress": ["--elements", "20000", "--densities", "1e-2", "--threads", "1"],
     "wire": ["--elements", "20000", "--densities", "1e-2"],
+    "transport": ["--sizes", "20000", "--repetitions", "2"],
 }
 FIELDS = {
     "compress": [
@@ -20,6 +23,7 @@ FIELDS = {
         "elements", "density", "coding", "index_bits_per_element", "entropy_bits_per_element", "bytes_per_element",
         "encode_elements_per_second", "decode_elements_per_second",
     ],
+    "transport": ["transport", "bytes", "microseconds_per_exchange", "megabytes_per_second"],
 }  # fmt: skip
 
 
@@ -39,6 +43,21 @@ def test_a_table_for_people() -> None:
     result = CliRunner().invoke(app, ["bench", "wire", *SMALL["wire"]], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "20,000" in result.stdout
+
+
+def test_what_was_not_measured_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, standard output still holds JSON alone."""
+    monkeypatch.setattr(requirement, "version", _nothing_is_installed)
+    result = CliRunner().invoke(app, ["bench", "transport", *SMALL["transport"], "--json"])
+    assert result.exit_code == 0, result.output
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    assert [(row["transport"], row["bytes"]) for row in rows] == [("gRPC stream", 20000)]
+    assert all(list(row) == FIELDS["transport"] for row in rows)
+    assert "pip install 'thresher[ray]'" in result.stderr
+
+
+def _nothing_is_installed(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 @pytest.mark.parametrize("wrong", ["", "many", "0", "1e-2,-1"])

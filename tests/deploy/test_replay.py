@@ -207,6 +207,11 @@ def test_a_gap_that_no_refill_explains_is_found(changeable: Path) -> None:
         Replay(changeable).verify()
 
 
+def test_the_folder_of_the_state_alone_is_as_good(finished: tuple[Path, Seen]) -> None:
+    """Shards that nobody launched here have a folder of their choice."""
+    assert Replay(finished[0] / "state").spans == Replay(finished[0]).spans
+
+
 def test_a_folder_without_state_is_refused(tmp_path: Path, changeable: Path) -> None:
     """No journal, or not those of all shards: said so, with the folder."""
     with pytest.raises(ConfigurationError, match="holds no state of shards"):

@@ -1,4 +1,4 @@
-"""``thresher bench``: what compressing and encoding cost on this machine, beside what else there is."""
+"""``thresher bench``: what compressing, encoding and sending cost on this machine, beside what else there is."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from thresher.protos.errors import ConfigurationError
 
-app = typer.Typer(no_args_is_help=True, help="Measure compressing and encoding on this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure compressing, encoding and sending on this machine.")
 
 _ELEMENTS = "25000000,250000000"
 _DENSITIES = "1e-4,1e-3,1e-2,1e-1"
@@ -40,6 +40,21 @@ def wire(
     from thresher.deploy.bench_wire import measure
 
     _show(measure(elements, _numbers(densities, float)), as_json=as_json, title="wire")
+
+
+@app.command()
+def transport(
+    sizes: Annotated[str, typer.Option(help="Bytes that are handed over.")] = "100,100000000",
+    repetitions: Annotated[int, typer.Option(min=1, help="Exchanges of each size; above 1 MiB a hundredth.")] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Hand bytes to another process: gRPC as workers and shards speak it, beside Ray's calls and object store."""
+    from thresher.deploy.bench_transport import measure
+
+    rows, missing = measure(_numbers(sizes, int), repetitions)
+    _show(rows, as_json=as_json, title="transport")
+    if missing:
+        typer.echo(missing, err=True)
 
 
 def _numbers(text: str, kind: type[Any]) -> list[Any]:

@@ -8,8 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +16,13 @@ import typer
 from rich.console import Console
 
 from thresher.deploy import bench, options
-from thresher.protos.errors import ConfigurationError, ThresherError
+from thresher.deploy.exit_codes import errors_told
+from thresher.deploy.ray_cluster import commands as ray_commands
+from thresher.protos.errors import ConfigurationError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
+app.add_typer(ray_commands.app, name="ray")
 
 
 @app.callback()
@@ -71,7 +72,7 @@ def launch(
     as_json: options.AsJson = False,
 ) -> None:
     """Train SCRIPT on shards and workers of this machine, or go on with a run by --resume."""
-    with _errors_told(Console(stderr=True)):
+    with errors_told(Console(stderr=True)):
         if resume is not None:
             _resume(context, resume)
             return
@@ -175,7 +176,7 @@ def serve(
     from thresher.server.config import ShardConfig
     from thresher.server.server import ServerConfig
 
-    with _errors_told(Console(stderr=True)):
+    with errors_told(Console(stderr=True)):
         if not 0 <= shard < shards or workers < 1:
             raise ConfigurationError(f"shard {shard} of {shards} for {workers} workers makes no sense")
         _check_durability(state_dir, durability)
@@ -202,7 +203,7 @@ def certs(
     as_json: Annotated[bool, typer.Option("--json", help="Print the paths as JSON.")] = False,
 ) -> None:
     """Make certificates for a trial of mTLS: an authority, and what a shard, workers and readers show."""
-    with _errors_told(Console(stderr=True)):
+    with errors_told(Console(stderr=True)):
         try:
             from thresher.deploy.certificates import write_certificates
         except ModuleNotFoundError:
@@ -231,7 +232,7 @@ def replay(
     """Make the model of an earlier version again from the log, or say which are kept."""
     from thresher.deploy import replay as replaying
 
-    with _errors_told(Console(stderr=True)):
+    with errors_told(Console(stderr=True)):
         kept = replaying.Replay(run)
         said: dict[str, Any] = {"kept": [list(span) for span in kept.spans]}
         if verify:
@@ -313,22 +314,6 @@ def _run_folder(runs: Path, name: str | None, script: str) -> Path:
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be made: {error.strerror}; choose another --runs") from None
     return folder
-
-
-@contextmanager
-def _errors_told(console: Console) -> Iterator[None]:
-    """Turn our errors into one clear message and an exit code."""
-    try:
-        yield
-    except ConfigurationError as error:
-        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except ThresherError as error:
-        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(128 + getattr(error, "number", -127)) from None
-    except OSError as error:  # a full disk, a folder that may not be written to
-        console.print(f"thresher: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

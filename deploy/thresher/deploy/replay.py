@@ -174,7 +174,7 @@ class Replay:
     """All journals of a run.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or what its shards were given as the folder of their state.
 
     Raises:
         ConfigurationError: when it holds none, or not those of all shards.
@@ -183,7 +183,8 @@ class Replay:
 
     def __init__(self, run: Path) -> None:
         """Look at the run's state."""
-        found = sorted((run / "state").glob("shard-*"), key=lambda path: int(path.name.removeprefix("shard-")))
+        state = run / "state" if (run / "state").is_dir() else run
+        found = sorted(state.glob("shard-*"), key=lambda path: int(path.name.removeprefix("shard-")))
         if not found:
             raise ConfigurationError(
                 f"{run} holds no state of shards; name the folder of a run that was not run with --durability none"

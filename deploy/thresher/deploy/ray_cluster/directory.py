@@ -1,0 +1,71 @@
+"""``connect("ray://NAME")``: a worker finds the shards of its run by name, and again after they moved."""
+
+import sys
+from typing import Final, final
+
+from thresher.deploy.ray_cluster.requirement import check_ray
+
+check_ray()  # before Ray is imported below: an entry point leads here, and the message must be a clear one
+
+from thresher.deploy.ray_cluster.calls import actor_of, actors_of, answers, attach, own_ip  # noqa: E402
+from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ThresherError  # noqa: E402
+
+_ANSWER_SECONDS: Final = 5.0
+_TRAIN: Final = "ray.train"
+
+
+@final
+class RayDirectory:
+    """Asks the actors of a run: the `thresher.worker.directory.Directory` of the scheme ``ray``."""
+
+    def variables(self, run: str) -> dict[str, str]:
+        """Return what this worker is told: by the run, by its node, and inside Ray Train by its group.
+
+        Raises:
+            ConfigurationError: when there is no cluster, or no such run on it.
+            ConnectionTimeoutError: when no shard of it answers.
+        """
+        attach()
+        calls = {shard: actor.variables.remote() for shard, actor in sorted(actors_of(run).items())}
+        if not calls:
+            raise ConfigurationError(f"there is no run {run} on this cluster; start it first: thresher ray up {run}")
+        for shard, call in calls.items():
+            told = answers({shard: call}, _ANSWER_SECONDS)[shard]
+            if not isinstance(told, ThresherError):
+                return {**told, "THRESHER_METRICS": _free_port_here(), **_place_in_train()}
+        raise ConnectionTimeoutError(
+            f"no shard of the run {run} answers; `thresher ray status {run}` says what is known of them"
+        )
+
+    def locate(self, run: str, shard: int) -> str:
+        """Return ``host:port`` of where a shard is now.
+
+        Raises:
+            ConnectionTimeoutError: when it does not answer: Ray may be starting it again.
+            ThresherError: when it will not: there is none, or it says why it cannot serve.
+        """
+        attach()
+        told = answers({shard: actor_of(run, shard).where.remote()}, _ANSWER_SECONDS)[shard]
+        if isinstance(told, ThresherError):
+            raise told
+        address: str = told.address
+        return address
+
+
+def _free_port_here() -> str:
+    ip = own_ip()
+    return f"[{ip}]:0" if ":" in ip else f"{ip}:0"
+
+
+def _place_in_train() -> dict[str, str]:
+    """Return rank and number of workers where this is a worker of Ray Train, which is imported there already."""
+    if _TRAIN not in sys.modules:
+        return {}
+    from ray import train  # noqa: PLC0415 - it takes seconds to import, and only its own workers need it
+
+    try:
+        context = train.get_context()
+        rank, workers = context.get_world_rank(), context.get_world_size()
+    except RuntimeError:  # a script that is no worker of it
+        return {}
+    return {"THRESHER_RANK": str(rank), "THRESHER_WORKERS": str(workers)}
