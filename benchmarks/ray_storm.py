@@ -37,7 +37,8 @@ from thresher.worker import Method
 SHARDS, WORKERS, NODES = 4, 4, 3
 KILL_AT: Final = 100  # steps: a third of the run
 PAUSE: Final = 0.05
-LEASE: Final = 10.0
+LEASE: Final = 60.0  # Ray Train may need half a minute to start its group again
+SHORT_LEASE: Final = 10.0  # of who is not meant to come back
 SECONDS: Final = 300.0
 WORKER: Final = Path(__file__).with_name("ray_storm_worker.py")
 METHOD: Final = Method(density=0.05)
@@ -121,7 +122,7 @@ class Storm:
         for node in self.nodes:
             node.kill()
 
-    def start(self, name: str, *, workers: int = WORKERS, local_memory: bool = False) -> None:
+    def start(self, name: str, *, workers: int = WORKERS, local_memory: bool = False, lease: float = LEASE) -> None:
         """Start the shards of a run."""
         up(
             RayConfig(
@@ -131,7 +132,7 @@ class Storm:
                 method=METHOD,
                 state_dir=self.folder / name,
                 worker_state_dir=self.local / name if local_memory else None,
-                lease=LEASE,
+                lease=lease,
                 insecure=True,
             )
         )
@@ -171,7 +172,7 @@ class Storm:
 
     def _worker(self, name: str, rank: int) -> int:
         told = ray.get(actors_of(name)[0].statistics.remote(), timeout=SECONDS)
-        return int(told["workers"][rank]["origin"].rpartition(":")[2])
+        return int(told["members"][rank]["origin"].rpartition(":")[2])
 
     def _node_of(self, process: int) -> Node:
         return next(node for node in self.nodes if node.namespace == namespace_of(process))
@@ -197,7 +198,7 @@ class Storm:
         while self.nodes:
             self.nodes.pop().kill()
         self.add_node(seats=2)
-        self.start(name, workers=2)
+        self.start(name, workers=2, lease=SHORT_LEASE)
         driver = self.drive(name, 2, 4)
         for seats, number in ((2, 4), (1, 3)):
             begun = version(name)
@@ -255,7 +256,7 @@ def storm(folder: Path) -> Iterator[Storm]:
         head = {"num_cpus": 0, "temp_dir": sockets, "include_dashboard": False, "object_store_memory": 100_000_000}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         held.callback(cluster.shutdown)
-        ray.init(cluster.address, log_to_driver=False, logging_level="WARNING")
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         held.callback(ray.shutdown)
         made = Storm(folder, cluster.address)
         held.callback(made.close)

@@ -87,26 +87,44 @@ def test_a_run_is_complete_once_every_member_has_come() -> None:
 def test_a_wrong_number_of_workers_is_refused(wrong: Register) -> None:
     """Of those the run began with; a shard and a worker that were started with different numbers never meet."""
     with pytest.raises(RegistrationError, match=r"of \d asks to join a run that began with 3 workers"):
-        Members(3).check_admission(wrong)
+        Members(3).check_admission(wrong, 3)
 
 
 def test_a_run_that_has_begun_goes_on_with_any_number_of_workers() -> None:
     """Once a push has its verdict, all may be started again with another number."""
     members = Members(3)
     members.seat(1).settle(0, 7, Verdict.APPLIED)
-    members.check_admission(register(0, workers=2))
+    members.check_admission(register(0, workers=2), 3)
+
+
+def test_where_nobody_announced_a_number_all_may_come_with_another_one() -> None:
+    """Those of a group that was started again before its first round; none makes the shard keep more than it can."""
+    Members(2).check_admission(register(0, workers=4), 0)
+    with pytest.raises(RegistrationError, match="worker 0 of 65537 cannot join: 65536 are the most"):
+        Members(0).check_admission(register(0, workers=MOST_RANKS + 1), 0)
+
+
+def test_members_beyond_a_smaller_group_have_a_lease() -> None:
+    """Whether they never came or came without exchanging; who exchanges stays, and a lease that runs goes on."""
+    members = admitted(1, workers=5)
+    members.seat(4).state = MemberState.EXCHANGING
+    members.seat(3).lost_at = 2.0
+    members.expect(2, 3.0)
+    members.expect(2, 7.0)
+    assert [member.lost_at for member in members] == [math.inf, math.inf, 3.0, 2.0, math.inf]
+    assert [member.rank for member in members.awaited(3.0 + LEASE, LEASE)] == [0, 1, 4]
 
 
 def test_a_further_rank_may_join() -> None:
     """The run grows, whatever number of workers the newcomer was told."""
-    Members(3).check_admission(register(7, workers=8))
+    Members(3).check_admission(register(7, workers=8), 3)
 
 
 def test_a_rank_is_bounded() -> None:
     """A shard keeps a record of each, so the largest rank says how much a worker can make it keep."""
-    Members(3).check_admission(register(MOST_RANKS - 1, workers=8))
+    Members(3).check_admission(register(MOST_RANKS - 1, workers=8), 3)
     with pytest.raises(RegistrationError, match="worker 65536 cannot join: ranks are below 65536; give it another"):
-        Members(3).check_admission(register(MOST_RANKS, workers=8))
+        Members(3).check_admission(register(MOST_RANKS, workers=8), 3)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +151,12 @@ def test_an_earlier_life_is_fenced() -> None:
     """The message names the rank, who has it, and what to do; it is not let in again either."""
     members = admitted(1, 1, 2)
     assert members.known(Worker(1, 2)).origin == "host:2"
-    for refused in (lambda: members.known(Worker(1, 1)), lambda: members.check_admission(register(1, workers=3))):
+    for refused in (lambda: members.known(Worker(1, 1)), lambda: members.check_admission(register(1, workers=3), 3)):
         with pytest.raises(
             FencedError, match=r"worker 1 was replaced by worker 1 \(host:2\): .* Give this one another"
         ):
             refused()
-    members.check_admission(replace(register(1, workers=3), worker=Worker(1, 2)))
+    members.check_admission(replace(register(1, workers=3), worker=Worker(1, 2)), 3)
 
 
 def test_a_rank_remembers_the_last_of_its_lives() -> None:

@@ -44,6 +44,7 @@ from thresher.server import effects, events
 from thresher.server.effects import Effect
 from thresher.server.events import Verdict, Worker
 from thresher.server.facts import Returned
+from thresher.server.shard import Shard
 
 LEASE = CONFIG.lease
 
@@ -318,3 +319,52 @@ def test_histories_are_held_against_each_other() -> None:
             say(shard, hello(0, there))
     with pytest.raises(DataLossError, match="different histories up to version 1"):
         say(shard, hello(0, replace(here, digest=b"x" * 16)))
+
+
+# --- a group that is started again before the first round --------------------------------------------------
+
+
+def group(journal: Journaled, life: int, workers: int, stage: str, now: float) -> None:
+    """Let a group of workers come that is told its own size, as far as ``stage``."""
+    for rank in range(workers):
+        journal.say(register(rank, life, workers), now)
+    if stage != "registered":
+        journal.say(replace(seed(), worker=Worker(0, life)), now)
+    if stage in ("exchanging", "pushed"):
+        for rank in range(workers):
+            journal.say(hello(rank, incarnation=life), now)
+    if stage == "pushed":
+        journal.say(replace(push(0, 0), worker=Worker(0, life)), now)
+
+
+@pytest.mark.parametrize("stage", ["registered", "seeded", "exchanging", "pushed"])
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_a_group_that_is_started_again_with_another_number_is_let_in(
+    before: int, after: int, recovered: bool, stage: str
+) -> None:
+    """Where nobody announced a number: more are let in at the first round, fewer go on when a lease is over."""
+    journal = Journaled(replace(CONFIG, workers=0))
+    group(journal, 1, before, stage, 0.0)
+    for rank in range(before):
+        journal.say(lost(rank), 1.0)
+    if recovered:
+        journal.shard = Shard(journal.config, journal.replayed())
+    group(journal, 2, after, "exchanging", 2.0)
+    for step, now in enumerate((3.0, 4.0 + LEASE)):
+        for rank in range(after):
+            journal.say(replace(push(rank, step), worker=Worker(rank, 2)), now)
+        journal.say(events.Tick(), now + LEASE)
+    told = journal.shard.statistics()
+    assert (told.version, told.state) == (2, "training")
+    assert journal.shard._state.members.membership.ranks == tuple(range(after))
+    assert lasting(journal.replayed()) == lasting(journal.shard._state)
+
+
+def test_a_further_rank_may_be_the_first_one_that_comes() -> None:
+    """The run begins with as many as were announced, and so it is found again."""
+    journal = Journaled(CONFIG)
+    journal.say(register(5, workers=8))
+    opened = journal.replayed().opened
+    assert opened is not None
+    assert opened.registration.workers == CONFIG.workers

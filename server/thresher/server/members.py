@@ -127,13 +127,11 @@ class Members:
     """All ranks that ever came, and which of them count.
 
     Attributes:
-        announced: Number of workers the run begins with; 0 while nobody has said it.
         membership: Whose pushes rounds are made of; its size, less those who have left since, is the divisor.
     """
 
     def __init__(self, workers: int) -> None:
         """Wait for ranks 0 … ``workers`` - 1."""
-        self.announced = workers
         self._by_rank = {rank: Member(rank) for rank in range(workers)}
         self.membership = Membership(0, tuple(range(workers)))
 
@@ -165,6 +163,12 @@ class Members:
             if member.state is MemberState.WAITED_FOR:
                 member.state = MemberState.LOST
             if member.state is not MemberState.EXCHANGING:
+                member.lost_at = min(member.lost_at, now)
+
+    def expect(self, workers: int, now: float) -> None:
+        """Begin the lease of members beyond ``workers``, whom a group of workers before this one has promised."""
+        for member in self.counted:
+            if member.rank >= workers and member.state is not MemberState.EXCHANGING:
                 member.lost_at = min(member.lost_at, now)
 
     @property
@@ -230,21 +234,28 @@ class Members:
             raise FencedError(_fenced(member, worker))
         raise ProtocolError(f"worker {worker.rank} is not registered under this incarnation; register first")
 
-    def check_admission(self, request: Register) -> None:
+    def check_admission(self, request: Register, announced: int) -> None:
         """Refuse a registration that cannot be let in; nothing changes.
 
+        Args:
+            request: What the worker says.
+            announced: Number of workers that shards and workers were started with; 0 where the workers alone say it,
+                who may all be started again with another number before the first round.
+
         Raises:
-            RegistrationError: when its rank is none, or it was told another number of workers than the run begins with:
-                once rounds have been closed, there may be more or fewer.
+            RegistrationError: when its rank is none, or it was told another number of workers than is announced: once
+                rounds have been closed, there may be more or fewer.
             FencedError: when another life of its rank has taken its place.
         """
         rank = request.worker.rank
         if rank >= MOST_RANKS:
             raise RegistrationError(f"worker {rank} cannot join: ranks are below {MOST_RANKS}; give it another")
+        if request.workers > MOST_RANKS:
+            raise RegistrationError(f"worker {rank} of {request.workers} cannot join: {MOST_RANKS} are the most")
         begun = any(member.settled for member in self)
-        if rank < self.announced != request.workers and not begun:
+        if rank < announced != request.workers and not begun:
             raise RegistrationError(
-                f"worker {rank} of {request.workers} asks to join a run that began with {self.announced} workers; "
+                f"worker {rank} of {request.workers} asks to join a run that began with {announced} workers; "
                 "start shards and workers with the same number of workers"
             )
         member = self._by_rank.get(rank)

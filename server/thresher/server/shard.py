@@ -164,15 +164,17 @@ class Shard:
         state, config = self._state, self._config
         first = state.opened.registration if state.opened else None
         check_registration(request, first, config.shard, config.shards)
-        state.members.check_admission(request)
+        state.members.check_admission(request, config.workers)
         written: list[Effect] = []
         if first is None:
-            written.append(self._fold(Opened(state.run, request)))
+            begins = replace(request, workers=config.workers or request.workers)  # a further rank may be the first here
+            written.append(self._fold(Opened(state.run, begins)))
         member = state.members.seat(request.worker.rank)
         if member.incarnation != request.worker.incarnation:
             if member.incarnation:  # its lease goes on until the new life exchanges
                 member.lost_at = min(member.lost_at, now)
             written.append(self._fold(Admitted(request.worker, request.origin, request.metrics_address)))
+        state.members.expect(request.workers, now)
         answer = effects.Registered(
             history=state.history,
             seeded=state.replica is not None,

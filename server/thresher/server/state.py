@@ -190,7 +190,7 @@ class RunState:
         said = opened.registration
         self.run, self.opened = opened.run, opened
         self.piece = said.layout.shard_slice(said.shard, said.shards)
-        if not self.members.announced:
+        if not self.members.membership.ranks:  # only its workers know how many they are
             self.members = Members(said.workers)
 
     def _begin_shadow(self, values: Tensor | None) -> None:

@@ -90,9 +90,13 @@ def join(
     request.metrics_address = metrics_address
     calls = [
         ShardCalls(
-            shard, address, f"worker {settings.rank}", settings.credentials, settings.reconnect_timeout,
+            shard,
+            address,
+            f"worker {settings.rank}",
+            settings.credentials,
+            settings.reconnect_timeout,
             insecure=settings.insecure,
-        )  # fmt: skip
+        )
         for shard, address in enumerate(settings.addresses)
     ]
     joined: list[JoinedShard] = []
