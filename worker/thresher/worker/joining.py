@@ -88,17 +88,7 @@ def join(
     slices = model.layout.slices(len(settings.addresses))
     request = _registration(settings, model, spec, placement)
     request.metrics_address = metrics_address
-    calls = [
-        ShardCalls(
-            shard,
-            address,
-            f"worker {settings.rank}",
-            settings.credentials,
-            settings.reconnect_timeout,
-            insecure=settings.insecure,
-        )
-        for shard, address in enumerate(settings.addresses)
-    ]
+    calls = _calls(settings)
     joined: list[JoinedShard] = []
     clients: list[ShardClient] = []
     try:
@@ -150,6 +140,14 @@ def _look_back(shard: JoinedShard, settings: Settings, *, is_back: bool) -> None
     if is_back and settings.consistency.lockstep and follower.version and settled == follower.version:
         client.history.version, client.history.digest = follower.version - 1, b""
         shard.repeats = True
+
+
+def _calls(settings: Settings) -> list[ShardCalls]:
+    caller, patience = f"worker {settings.rank}", settings.reconnect_timeout
+    return [
+        ShardCalls(shard, address, caller, settings.credentials, patience, insecure=settings.insecure)
+        for shard, address in enumerate(settings.addresses)
+    ]
 
 
 def _registered(
