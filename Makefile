@@ -5,6 +5,7 @@ DATA ?= ../shared/data
 TRAIN_OPTIONS ?= --shards 2 --workers 4 --density 0.01 --baseline
 TEST_OPTIONS ?= -m "not slow"
 TEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
+RAY_STORM_OPTIONS ?=
 STORM_OPTIONS ?= --kills 200 --other-kills 50 --steps 500
 
 VENV := .venv
@@ -13,7 +14,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-slow test-wheel fuzz storm check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel fuzz storm ray-storm check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,9 @@ fuzz: $(VENV)/.with-test ## feed a million damaged frames to the decoder; some m
 
 storm: $(VENV)/.with-examples ## kill shards and workers hundreds of times, in every mode; half an hour
 	$(BIN)/python benchmarks/storm.py $(STORM_OPTIONS)
+
+ray-storm: $(VENV)/.with-ray ## kill shards, workers, nodes and drivers on a small Ray cluster; 15 minutes, needs root
+	$(BIN)/python benchmarks/ray_storm.py $(RAY_STORM_OPTIONS)
 
 # Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts
 # many processes is left to `make test`: it would find the same code.
@@ -83,6 +87,7 @@ $(VENV)/.created $(VENV)-wheel/.created $(VENV)-protos/.created:
 	@touch $@
 
 $(VENV)/.with-examples: EXTRAS := examples
+$(VENV)/.with-ray: EXTRAS := examples,ray
 $(VENV)/.with-test: EXTRAS := examples,test
 $(VENV)/.with-check: EXTRAS := examples,test,check
 $(VENV)/.with-%: $(VENV)/.created pyproject.toml constraints.txt

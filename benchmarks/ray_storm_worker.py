@@ -48,6 +48,7 @@ def train(config: dict[str, Any]) -> None:
             optimizer.step()
             time.sleep(config["pause"])
         schedule.step()
+    session.close()
 
 
 def fit(options: argparse.Namespace) -> None:

@@ -1,12 +1,12 @@
 """Handwritten digits under Ray Train: a stock TorchTrainer, and shards that `thresher ray up` has started.
 
-    thresher ray up digits --shards 2 --workers 2 --state-dir /shared/digits --density 0.01 --insecure
+    thresher ray up digits --shards 2 --density 0.01 --state-dir /shared/digits --insecure
     python examples/ray_train.py digits --workers 2
     thresher ray down digits
 
-The lines marked (1), (2), (3) and the import of `connect` are all that is Thresher's. They stand where `prepare_model`
-and `prepare_data_loader` would; neither is needed, and no checkpoint either: what a worker needs to go on after a
-failure is in its memory and at the shards.
+The lines marked (1), (2), (3), the import of `connect` and the goodbye are all that is Thresher's. They stand where
+`prepare_model` and `prepare_data_loader` would; neither is needed, and no checkpoint either: what a worker needs to go
+on after a failure is in its memory and at the shards.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def train_func(config: dict) -> None:
             nn.functional.cross_entropy(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
         ray.train.report({"epoch": epoch, **evaluate(model, test, device)})
+    session.close()  # the process lives on: Ray Train ends it when all workers are done
 
 
 if __name__ == "__main__":
@@ -74,6 +75,6 @@ if __name__ == "__main__":
             num_workers=options.workers[0] if len(options.workers) == 1 else tuple(options.workers),
             use_gpu=options.gpu,
         ),
-        run_config=RunConfig(failure_config=FailureConfig(max_failures=-1)),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=20)),
     )
     trainer.fit()

@@ -9,7 +9,7 @@ name=digits
 state=${STATE:-/state}
 secrets=${SECRETS:-/etc/thresher}
 
-thresher ray up "$name" --shards 2 --workers 4 --density 0.01 --state-dir "$state/$name" \
+thresher ray up "$name" --shards 2 --density 0.01 --state-dir "$state/$name" \
     --tls-cert "$secrets/tls/shard.pem" --tls-key "$secrets/tls/shard.key" --tokens "$secrets/shard/tokens" \
     --worker-tls-ca "$secrets/worker/ca.pem" --worker-token-file "$secrets/worker/token"
 trap 'thresher ray down "$name"' EXIT

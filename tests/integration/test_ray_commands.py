@@ -27,8 +27,12 @@ from tests.integration.kuberay import KUBERAY, ROOT, commands, containers, manif
 from thresher.deploy.cli import app
 
 BIN = Path(sys.executable).parent
+PAGES = (ROOT / "docs" / "ray.md", ROOT / "README.md")
 
-pytestmark = pytest.mark.skipif(not KUBERAY.exists(), reason="the pages are in the repository")
+pytestmark = [
+    pytest.mark.skipif(not KUBERAY.exists(), reason="the pages are in the repository"),
+    pytest.mark.xdist_group("ray"),
+]
 
 
 def taken() -> dict[str, set[str]]:
@@ -43,7 +47,8 @@ def taken() -> dict[str, set[str]]:
 
 
 def test_the_commands_take_the_options_they_are_given() -> None:
-    lines = [*commands(ROOT / "docs" / "ray.md"), *commands(KUBERAY / "README.md"), *run_sh()]
+    pages = (*PAGES, ROOT / "deploy" / "README.md", KUBERAY / "README.md")
+    lines = [*(line for page in pages for line in commands(page)), *run_sh()]
     lines.append(manifests()["RayJob"]["spec"]["entrypoint"].replace("run.sh", "ray_train.py"))  # which gets the rest
     seen = set()
     for command, known in taken().items():
@@ -160,15 +165,17 @@ def wait_for(port: str, path: str, process: "subprocess.Popen[bytes]") -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_page_s_commands_run(head: tuple[Path, dict[str, str]]) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_page_s_commands_run(head: tuple[Path, dict[str, str]], page: Path) -> None:
     """From `up` to `down`, as they stand there."""
     folder, env = head
-    lines = commands(ROOT / "docs" / "ray.md")
+    lines = commands(page)
     begin = next(number for number, line in enumerate(lines) if line.startswith("thresher ray up"))
-    up, train, status, down = (line.replace("/shared", str(folder)) for line in lines[begin : begin + 4])
+    shared = str(folder / page.stem)
+    up, train, status, down = (line.replace("/shared", shared) for line in lines[begin : begin + 4])
     sh(up, ROOT, env)
     assert "'accuracy': 0.9" in sh(train, ROOT, env)
-    assert "SERVING" in sh(status, ROOT, {**env, "COLUMNS": "200"})
+    assert sh(status, ROOT, env).count("SERVING: ") == 2
     sh(down, ROOT, env)
 
 

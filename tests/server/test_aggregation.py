@@ -28,10 +28,13 @@ SGD = OptimizerSpec("SGD", ({"lr": 1.0, "momentum": 0.25},))
 LOCKSTEP = Consistency()
 
 
+IN_FORCE = (Override(0, "lr", 0.125),)
+
+
 def combined(
     pushes: list[Push], members: int, threshold: float | None = None, consistency: Consistency = LOCKSTEP
 ) -> Update:
-    return update_of(pushes, members, 4, threshold, None, consistency=consistency, spec=SGD)
+    return update_of(pushes, members, 4, threshold, None, overrides=IN_FORCE, consistency=consistency, spec=SGD)
 
 
 def test_presence_is_the_union_of_those_that_were_heard() -> None:
@@ -65,11 +68,12 @@ def test_the_first_proposed_threshold_is_taken_else_the_old_one_stays() -> None:
 
 
 def test_who_follows_does_not_say_what_is_in_force() -> None:
-    """Unless nobody else is there to say it."""
+    """Where nobody else is there to say it, that stays; nor does a push that is lost say anything."""
     mine, theirs = (Override(0, "lr", 0.5),), (Override(0, "lr", 0.25),)
     follows = replace(push(0, ONES), overrides=mine, follows=True)
     assert combined([follows, replace(push(1, ONES), overrides=theirs)], 2).overrides == theirs
-    assert combined([follows], 1).overrides == mine
+    assert combined([follows], 1).overrides == IN_FORCE
+    assert combined([replace(push(0, None), lost=True)], 1).overrides == IN_FORCE
 
 
 def test_a_round_says_where_the_loops_are() -> None:
@@ -113,7 +117,7 @@ def test_out_of_lockstep_the_update_says_who_arrived() -> None:
     """Heard or skipped, with its step: a worker finds its push in it."""
     pushes = [push(0, ONES), replace(push(2, None), step=1)]
     membership = Membership(3, (0, 2))
-    update = update_of(pushes, 3, 4, None, membership, consistency=Consistency("async"), spec=SGD)
+    update = update_of(pushes, 3, 4, None, membership, overrides=(), consistency=Consistency("async"), spec=SGD)
     assert (update.arrivals, update.contributors, update.membership) == (((0, 3), (2, 1)), (0,), membership)
     assert combined(pushes, 3).arrivals == ()
 
@@ -147,7 +151,7 @@ def test_a_stale_push_is_divided_by_its_staleness(members: int, staleness: int) 
     version = 21
     stale = replace(push(0, ONES), version=version - 1 - staleness)
     updates = [
-        update_of([stale], members, version, None, None, consistency=consistency, spec=SGD)
+        update_of([stale], members, version, None, None, overrides=(), consistency=consistency, spec=SGD)
         for consistency in (Consistency("async", staleness_aware=True), Consistency("async"))
     ]
     weighed, plain = updates
@@ -162,8 +166,10 @@ def test_momentum_per_push_is_that_of_the_members_however_stale_the_push() -> No
     """What everybody replays has the numbers of the push; the divisor of a stale one is no number of members."""
     consistency = Consistency("async", momentum_per_push=True, staleness_aware=True)
     stale = replace(push(0, ONES), version=0, overrides=(Override(0, "lr", 3.0),))
-    update = update_of([stale], 2, 9, None, None, consistency=consistency, spec=SGD)
+    update = update_of([stale], 2, 9, None, None, overrides=(), consistency=consistency, spec=SGD)
     assert update.members == 8
     assert update.overrides == (Override(0, "lr", 3.0 * (0.5 / 0.75)), Override(0, "momentum", 0.5))
-    alone = update_of([stale], 1, 9, None, None, consistency=Consistency("async", momentum_per_push=True), spec=SGD)
+    alone = update_of(
+        [stale], 1, 9, None, None, overrides=(), consistency=Consistency("async", momentum_per_push=True), spec=SGD
+    )
     assert alone.overrides == stale.overrides

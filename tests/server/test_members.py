@@ -104,6 +104,22 @@ def test_where_nobody_announced_a_number_all_may_come_with_another_one() -> None
         Members(0).check_admission(register(0, workers=MOST_RANKS + 1), 0)
 
 
+def test_who_was_told_another_number_than_one_that_exchanges_is_refused() -> None:
+    """Each would take another share of the data. Who does not exchange may be of a group that is gone."""
+    members = admitted(1, workers=3)
+    members.seat(0).among = members.seat(1).among = 3
+    members.check_admission(register(2, workers=4), 0)
+    members.seat(1).state = MemberState.EXCHANGING
+    members.check_admission(register(2, workers=3), 0)
+    members.check_admission(register(1, workers=4), 0)
+    with pytest.raises(
+        RegistrationError, match=r"worker 2 was told that it is one of 4, worker 1 .*one of 3; start all"
+    ):
+        members.check_admission(register(2, workers=4), 0)
+    members.seat(0).settle(0, 7, Verdict.APPLIED)
+    members.check_admission(register(2, workers=4), 0)
+
+
 def test_members_beyond_a_smaller_group_have_a_lease() -> None:
     """Whether they never came or came without exchanging; who exchanges stays, and a lease that runs goes on."""
     members = admitted(1, workers=5)

@@ -20,6 +20,7 @@ def update_of(
     threshold: float | None,
     membership: Membership | None,
     *,
+    overrides: tuple[Override, ...],
     consistency: Consistency,
     spec: OptimizerSpec,
 ) -> Update:
@@ -37,6 +38,7 @@ def update_of(
         version: The version the update creates.
         threshold: In force so far; it stays where no push proposes another.
         membership: Who belongs to the run from now on, where that changes.
+        overrides: Hyper-parameters in force so far; they stay where no push says what comes next.
         consistency: When rounds close, and how a push that is a round of its own counts.
         spec: The optimizer as it was registered.
     """
@@ -46,6 +48,9 @@ def update_of(
     # Who is late may still be at earlier hyper-parameters; in lockstep all have the same.
     newest = max(pushes, key=lambda push: (not push.lost, not push.follows, push.version))
     counted = max(members, len(pushes))  # more push than there are members while somebody is being let in
+    if not (newest.lost or newest.follows):
+        slowed = consistency.momentum_per_push
+        overrides = per_push(newest.overrides, spec, counted) if slowed else newest.overrides
     divisor = max(counted, version - 1 - newest.version) if consistency.staleness_aware else counted
     return Update(
         version=version,
@@ -54,7 +59,7 @@ def update_of(
         arrivals=() if consistency.lockstep else tuple((push.worker.rank, push.step) for push in pushes),
         mean=mean_of([gradient for _, gradient in heard], divisor) if heard else None,
         presence=presence if heard else (True,) * len(pushes[0].presence),
-        overrides=per_push(newest.overrides, spec, counted) if consistency.momentum_per_push else newest.overrides,
+        overrides=overrides,
         next_threshold=proposals[0] if proposals else threshold,
         only_mean=newest.only_mean,
         pushed_elements=sum(gradient.count for _, gradient in heard),

@@ -46,6 +46,7 @@ class Member:
         verdict: What became of it.
         steps: Pushes applied.
         head_start: Steps it was given when it was let in: of ssp, where others had made more by then.
+        among: How many workers there are, as it was told; 0 where that was another life of this shard.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Member:
     verdict: Verdict = Verdict.APPLIED
     steps: int = 0
     head_start: int = 0
+    among: int = 0
     push_bytes: int = 0
     pull_bytes: int = 0
     pushed_elements: int = 0
@@ -243,8 +245,8 @@ class Members:
                 who may all be started again with another number before the first round.
 
         Raises:
-            RegistrationError: when its rank is none, or it was told another number of workers than is announced: once
-                rounds have been closed, there may be more or fewer.
+            RegistrationError: when its rank is none, or it was told another number of workers than is announced, or
+                than one that exchanges: once rounds have been closed, there may be more or fewer.
             FencedError: when another life of its rank has taken its place.
         """
         rank = request.worker.rank
@@ -252,15 +254,32 @@ class Members:
             raise RegistrationError(f"worker {rank} cannot join: ranks are below {MOST_RANKS}; give it another")
         if request.workers > MOST_RANKS:
             raise RegistrationError(f"worker {rank} of {request.workers} cannot join: {MOST_RANKS} are the most")
-        begun = any(member.settled for member in self)
-        if rank < announced != request.workers and not begun:
+        if rank < announced != request.workers and not any(member.settled for member in self):
             raise RegistrationError(
                 f"worker {rank} of {request.workers} asks to join a run that began with {announced} workers; "
                 "start shards and workers with the same number of workers"
             )
+        self.check_company(rank, request.workers)
         member = self._by_rank.get(rank)
         if member is not None and request.worker.incarnation in member.retired:
             raise FencedError(_fenced(member, request.worker))
+
+    def check_company(self, rank: int, among: int) -> None:
+        """Refuse a worker that was told another number of workers than one that exchanges, before any round is closed.
+
+        Each would take another share of the data. Who does not exchange may be of a group that is gone.
+
+        Raises:
+            RegistrationError: it names both.
+        """
+        if not among or any(member.settled for member in self):
+            return
+        for one in self:
+            if one.state is MemberState.EXCHANGING and one.rank != rank and one.among not in (0, among):
+                raise RegistrationError(
+                    f"worker {rank} was told that it is one of {among}, {one} that it is one of {one.among}; start all "
+                    "workers with the same number of workers"
+                )
 
     def admit(self, worker: Worker, origin: str, metrics_address: str) -> None:
         """Let a life of a worker in; an earlier one of its rank is fenced from now on."""

@@ -36,6 +36,13 @@ def three_nodes() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    """Two nodes with two CPUs each."""
+    with started(nodes=2, cpus=2) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def one_node() -> Iterator[str]:
     """One node with two CPUs."""
     with started(nodes=1, cpus=2) as address:

@@ -29,6 +29,8 @@ from thresher.protos.errors import (
     RoundFailedError,
 )
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 SECONDS = 60.0
 
 

@@ -5,6 +5,8 @@ import ray
 
 from thresher.deploy.ray_cluster.carriers import ray_calls
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.mark.slow
 def test_all_bytes_arrive_and_ray_is_gone_afterwards() -> None:

@@ -3,17 +3,23 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
 from thresher.deploy.cli import app
 from thresher.deploy.ray_cluster.cluster import ShardStatus
-from thresher.deploy.ray_cluster.commands import _table
+from thresher.deploy.ray_cluster.commands import _print
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 runner = CliRunner()
 
@@ -49,20 +55,41 @@ def test_what_makes_no_sense_is_bad_usage(arguments: list[str], message: str) ->
 
 
 def test_the_table_shows_what_is_known_and_why_the_rest_is_not() -> None:
-    """A row for each shard; a dash where nothing is known."""
+    """A row for each shard; a dash where nothing is known, and why below the table."""
     one = ShardStatus(
         0, "SERVING", "training", "10.0.0.1", "10.0.0.1:5000", "10.0.0.1:9000", 7, 1234, 4, 56789, 4321, 1.5
     )  # fmt: skip
     other = ShardStatus(1, "SILENT", "has not answered", "10.0.0.2")
-    console = Console(width=200)
-    with console.capture() as shown:
-        console.print(_table("digits", [one, other]))
-    lines = shown.get().splitlines()
+    lines = shown([one, other], width=200)
     known, unknown = (next(line for line in lines if word in line) for word in ("SERVING", "SILENT"))
     for part in ("10.0.0.1:5000", "1,234", "56,789", "4,321", "1.5 s ago", "SERVING: training"):
         assert part in known
-    assert unknown.count("–") == 6
-    assert "SILENT: has not answered" in unknown
+    assert "10.0.0.2" in unknown
+    assert unknown.count("–") == 5
+    assert lines[-1] == "shard 1 is SILENT: has not answered"
+
+
+def shown(shards: list[ShardStatus], width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as printed:
+        _print("digits", shards, console)
+    return printed.get().splitlines()
+
+
+@given(st.integers(80, 200), st.integers(0, 10**7), st.integers(0, 10**15))
+def test_no_state_is_cut_and_no_number(width: int, version: int, count: int) -> None:
+    """On no screen, nor in a pipe, which is 80 characters wide: rather a column is missing."""
+    address = "100.100.100.100:50000"
+    reason = "has not answered in 5 s: it is starting, recovering, or waiting for a node"
+    one = ShardStatus(0, "SERVING", "training", "", address, "", 7, version, 64, count, count, 3.0)
+    lines = shown([one, ShardStatus(1, "SILENT", reason, "100.100.100.101")], width)
+    assert "…" not in "".join(lines)
+    (row,) = (line for line in lines if address in line)
+    assert "SERVING: training" in row
+    assert f"{version:,}" in row
+    assert (f"{count:,}" in row) or not any("bytes" in line for line in lines)
+    assert lines[-1] == f"shard 1 is SILENT: {reason}"
+    assert all(len(line) <= width for line in lines[:-1])
 
 
 @pytest.mark.slow
@@ -87,6 +114,14 @@ def test_a_run_from_up_to_down(one_node: str, tmp_path: Path) -> None:
     assert (len(shards["targets"]), workers["targets"]) == (2, [])
     typed("targets", "digits", "--output", str(tmp_path / "targets.json"))
     assert json.loads((tmp_path / "targets.json").read_text(encoding="utf-8")) == [shards, workers]
+    listening = [sys.executable, "-m", "thresher.deploy", "ray", "targets", "digits", "--address", one_node]
+    with subprocess.Popen([*listening, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        where = json.loads(process.stdout.readline())["address"]
+        with urllib.request.urlopen(f"http://{where}", timeout=60) as answer:
+            assert json.load(answer) == [shards, workers]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
     typed("down", "digits")
     typed("status", "digits", code=2)
     typed("down", "digits", code=2)

@@ -1,5 +1,6 @@
 """What a run on Ray is told is checked as a whole, and reaches shards and workers."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher.deploy.certificates import write_certificates
-from thresher.deploy.ray_cluster.config import RayConfig
+from thresher.deploy.ray_cluster.config import RayConfig, TlsPaths
 from thresher.protos.consistency import Consistency
-from thresher.protos.credentials import TlsFiles
 from thresher.protos.errors import ConfigurationError
 from thresher.worker import Method
 from thresher.worker.settings import Settings, settings_from
@@ -23,7 +23,7 @@ configs = st.builds(
     RayConfig,
     name=st.from_regex(r"[A-Za-z0-9._-]{1,100}", fullmatch=True),
     shards=st.integers(1, 9),
-    workers=st.integers(2, 9),
+    workers=st.just(0) | st.integers(2, 9),
     method=st.sampled_from(
         [Method(density=0.1), Method("TopK(0.1)"), Method(threshold=0.5, placement="update", period=4)]
     ),
@@ -46,18 +46,19 @@ configs = st.builds(
 
 
 def told(config: RayConfig, rank: int = 1) -> Settings:
-    """What a worker reads that has the run's variables, and knows its rank."""
-    return settings_from({**config.variables(), "THRESHER_RANK": str(rank)})
+    """What a worker reads that has the run's variables, and knows its rank and how many are started."""
+    return settings_from({"THRESHER_WORKERS": "9", **config.variables(), "THRESHER_RANK": str(rank)})
 
 
 @given(configs)
 def test_workers_read_what_the_run_is(config: RayConfig) -> None:
-    """All that concerns them; no variable is that of one worker alone."""
+    """All that concerns them; no variable is that of one worker alone, nor a number that nobody knows yet."""
     assert "THRESHER_RANK" not in config.variables()
+    assert ("THRESHER_WORKERS" in config.variables()) == (config.workers > 0)
     settings = told(config)
     assert (settings.method, settings.consistency, settings.seed) == (config.method, config.consistency, config.seed)
     assert settings.addresses == tuple(f"ray://{config.name}/{shard}" for shard in range(config.shards))
-    assert (settings.workers, settings.insecure) == (config.workers, config.insecure)
+    assert (settings.workers, settings.insecure) == (config.workers or 9, config.insecure)
     assert settings.state_dir == (config.worker_state_dir or SHARED / "workers")
     assert settings.state_is_local == (config.worker_state_dir is not None)
     assert settings.state_sync == (config.durability == "disk")
@@ -89,18 +90,59 @@ def test_certificates_and_tokens_reach_whom_they_are_for(tmp_path: Path) -> None
     paths = write_certificates(tmp_path / "certificates")
     (tmp_path / "tokens").write_text(f"worker {'w' * 32}\n", encoding="utf-8")
     (tmp_path / "token").write_text("w" * 32, encoding="utf-8")
-    ca, shown = paths["ca"][0], {name: TlsFiles(paths["ca"][0], *paths[name]) for name in ("shard", "worker-0")}
+    ca, shown = paths["ca"][0], {name: TlsPaths(paths["ca"][0], *paths[name]) for name in ("shard", "worker-0")}
     config = replace(
         PLAIN, tls=shown["shard"], tokens=tmp_path / "tokens", worker_tls=shown["worker-0"],
         worker_token_file=tmp_path / "token",
     )  # fmt: skip
-    assert (config.server(0, "127.0.0.1").tls, config.server(0, "127.0.0.1").tokens) == (
-        shown["shard"], tmp_path / "tokens",
-    )  # fmt: skip
-    credentials = told(config).credentials
-    assert (credentials.tls, credentials.token_file) == (shown["worker-0"], tmp_path / "token")
-    with pytest.raises(ConfigurationError, match="shows a certificate"):
-        replace(PLAIN, tls=TlsFiles(ca))
+    server, credentials = config.server(0, "127.0.0.1"), told(config).credentials
+    assert (server.tls, server.tokens) == (shown["shard"].read(), tmp_path / "tokens")
+    assert (credentials.tls, credentials.token_file) == (shown["worker-0"].read(), tmp_path / "token")
+    secrets = [path.read_bytes() for path in (tmp_path / "token", *paths["shard"], *paths["worker-0"])]
+    assert not [secret for secret in secrets if secret in pickle.dumps(config)], "Ray keeps what an actor is made with"
+    assert ca.exists()
+
+
+def test_no_certificate_or_token_is_read_where_a_run_is_started() -> None:
+    """Shards and workers have them, and who starts the run need not: it says where they will be found."""
+    shard, worker = (TlsPaths(*(Path(f"/on/{node}/{name}") for name in ("ca", "cert", "key"))) for node in "sw")
+    config = replace(PLAIN, tls=shard, tokens=Path("/s/tokens"), worker_tls=worker, worker_token_file=Path("/w/token"))
+    variables = config.variables()
+    assert [variables[f"THRESHER_TLS_{name}"] for name in ("CA", "CERT", "KEY")] == [
+        "/on/w/ca",
+        "/on/w/cert",
+        "/on/w/key",
+    ]
+    assert Path(variables["THRESHER_TOKEN_FILE"]) == config.worker_token_file
+    with pytest.raises(ConfigurationError, match="/on/s/"):  # on a node that should have it
+        config.server(0, "127.0.0.1")
+
+
+PEM = Path("/pem")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tls": TlsPaths(PEM)}, "a shard that speaks TLS shows a certificate"),
+        ({"tls": TlsPaths(None, PEM, PEM)}, "anybody could call"),
+        ({"worker_tls": TlsPaths(None, PEM, PEM)}, "name --worker-tls-ca"),
+        ({"worker_tls": TlsPaths(Path("ca.pem"))}, "write the whole path"),
+        ({"tokens": Path("tokens")}, "write the whole path"),
+        ({"worker_token_file": Path("token")}, "write the whole path"),
+    ],
+)
+def test_tls_that_cannot_work_is_refused_without_the_files(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        replace(PLAIN, **change)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"), [((PEM, PEM), "go together"), ((PEM, None, PEM), "go together"), ((), "TLS needs")]
+)
+def test_half_of_a_pair_is_none(paths: tuple[Path | None, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        TlsPaths(*paths)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +153,7 @@ def test_certificates_and_tokens_reach_whom_they_are_for(tmp_path: Path) -> None
         ({"name": "a/b"}, "is no name of a run"),
         ({"name": "x" * 101}, "is no name of a run"),
         ({"shards": 0}, "at least one shard"),
-        ({"workers": 0}, "at least one shard and one worker"),
+        ({"workers": -1}, "no negative number of workers"),
         ({"cpus": 0}, "CPUs of a shard"),
         ({"cpus": float("nan")}, "CPUs of a shard"),
         ({"checkpoints": 0}, "at least 1 checkpoint"),

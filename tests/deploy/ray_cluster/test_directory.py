@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from thresher.deploy.certificates import write_certificates
-from thresher.deploy.ray_cluster import RayConfig, down, status, up
+from thresher.deploy.ray_cluster import RayConfig, TlsPaths, down, status, up
 from thresher.deploy.ray_cluster.calls import own_ip
 from thresher.deploy.ray_cluster.directory import RayDirectory
-from thresher.protos.credentials import TlsFiles
+from thresher.protos.credentials import Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, RoundFailedError
 from thresher.worker import Method, connect
+from thresher.worker.calls import ShardCalls, ShardLostError
 from thresher.worker.settings import settings_from
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_node")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_node"), pytest.mark.xdist_group("ray")]
 
 SECONDS = 100.0
 TOKEN = "w" * 43
@@ -33,12 +35,12 @@ def run(one_node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     """Two shards that speak TLS and ask for certificates and tokens."""
     folder = tmp_path_factory.mktemp("run")
     pairs = write_certificates(folder / "certificates", [own_ip()])
-    shard, worker = (TlsFiles(pairs["ca"][0], *pairs[name]) for name in ("shard", "worker-0"))
+    shard, worker = (TlsPaths(pairs["ca"][0], *pairs[name]) for name in ("shard", "worker-0"))
     for name, text in (("tokens", f"worker {TOKEN}\n"), ("token", TOKEN)):
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o600)
     config = RayConfig(
-        "secret", 2, 1, Method(threshold=0.0), state_dir=folder / "state", cpus=0.25,
+        "secret", 2, method=Method(threshold=0.0), state_dir=folder / "state", cpus=0.25,
         tls=shard, tokens=folder / "tokens", worker_tls=worker, worker_token_file=folder / "token",
     )  # fmt: skip
     up(config, deadline=SECONDS)
@@ -51,8 +53,7 @@ def test_a_worker_is_told_all_but_its_rank(run: str) -> None:
     told = RayDirectory().variables(run)
     assert told["THRESHER_SHARDS"] == "ray://secret/0,ray://secret/1"
     assert told["THRESHER_METRICS"] == f"{own_ip()}:0"
-    assert told["THRESHER_WORKERS"] == "1"
-    assert "THRESHER_RANK" not in told
+    assert not told.keys() & {"THRESHER_RANK", "THRESHER_WORKERS"}
 
 
 def in_train(config: dict[str, Any]) -> None:
@@ -93,12 +94,21 @@ def test_a_shard_that_was_killed_is_found_where_it_is_then(run: str) -> None:
     assert found == status(run)[1].address
 
 
+def test_a_worker_that_comes_while_all_shards_are_started_again_waits_for_one(run: str) -> None:
+    """As after the loss of a node with all of them."""
+    for shard in status(run):
+        os.kill(shard.pid, signal.SIGKILL)
+    assert RayDirectory().variables(run)["THRESHER_SHARDS"] == "ray://secret/0,ray://secret/1"
+
+
 def test_tls_and_token_work_between_actors_as_anywhere(run: str) -> None:
-    """A worker that knows its rank and the run's name trains; a plain one is not let in."""
+    """A worker that knows its rank and the run's name trains."""
 
     @ray.remote(num_cpus=0)
     def work() -> int:
-        with connect(settings=settings_from({"THRESHER_RANK": "0"}, addresses=f"ray://{run}")) as session:
+        with connect(
+            settings=settings_from({"THRESHER_RANK": "0", "THRESHER_WORKERS": "1"}, addresses=f"ray://{run}")
+        ) as session:
             model = torch.nn.Linear(2, 1)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
             session.wrap(model, optimizer)
@@ -110,3 +120,22 @@ def test_tls_and_token_work_between_actors_as_anywhere(run: str) -> None:
 
     assert ray.get(work.remote(), timeout=SECONDS) == 3
     assert [one.version for one in status(run)] == [3, 3]
+
+
+@pytest.mark.parametrize("lacking", ["certificate", "token"])
+def test_who_lacks_certificate_or_token_is_not_let_in(run: str, lacking: str) -> None:
+    """Though a name leads them to the shard; with both they are."""
+    told = settings_from({"THRESHER_RANK": "0", "THRESHER_WORKERS": "1"}, addresses=f"ray://{run}").credentials
+    assert told.tls is not None
+    without = {
+        "certificate": (Credentials(TlsFiles(told.tls.ca), told.token_file), ShardLostError, "cannot be reached"),
+        "token": (Credentials(told.tls), ConfigurationError, "asks for a token"),
+    }
+    shown, error, said = without[lacking]
+    for credentials, refused in ((told, nullcontext()), (shown, pytest.raises(error, match=said))):
+        calls = ShardCalls(0, RayDirectory().locate(run, 0), "the test", credentials=credentials)
+        try:
+            with refused:
+                calls.statistics(timeout=SECONDS if credentials is told else 5.0)
+        finally:
+            calls.close()

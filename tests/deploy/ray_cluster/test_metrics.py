@@ -23,8 +23,10 @@ from thresher.deploy.ray_cluster.metrics import bridge
 from thresher.server.metrics import ShardMetrics
 from thresher.worker import Session
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 SECONDS = 60.0
-OWN_LABELS = ("shard", "worker", "result", "version")
+OWN_LABELS = ("run", "shard", "worker", "result", "version")
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -66,10 +68,10 @@ def shown(endpoint: str) -> Samples:
     return {(s.name, frozenset((k, v) for k, v in s.labels.items() if k in OWN_LABELS)): s.value for s in ours}
 
 
-def held(registry: CollectorRegistry) -> Samples:
+def held(registry: CollectorRegistry, run: str) -> Samples:
     """What the registry holds, histograms apart, as the node should show it."""
-    families = [family for family in registry.collect() if family.type != "histogram"]
-    return {(f"ray_{s.name}", frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+    samples = [s for family in registry.collect() if family.type != "histogram" for s in family.samples]
+    return {(f"ray_{s.name}", frozenset({"run": run, **s.labels}.items())): s.value for s in samples}
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -89,17 +91,30 @@ def train(session: Session) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_the_node_shows_what_the_shard_counts(endpoint: str) -> None:
     with in_process(shards=1, workers=2) as cluster:
         cluster.run(train)
         of_shard = ShardMetrics(lambda: cluster.statistics()[0], lambda: 7)
-        stop = bridge(of_shard.registry, 0)
+        stop = bridge(of_shard.registry, "digits", 0)
         wait_for(lambda: bool(shown(endpoint)))
-        expected = held(of_shard.registry)
+        expected = held(of_shard.registry, "digits")
         found = shown(endpoint)
         stop()
     assert found == expected
-    assert found["ray_thresher_iterations_total", frozenset({("shard", "0")})] == 3
+    assert found["ray_thresher_iterations_total", frozenset({("run", "digits"), ("shard", "0")})] == 3
+
+
+@pytest.mark.slow
+def test_shards_of_two_runs_on_a_node_are_told_apart(endpoint: str) -> None:
+    """They have the same position, and the same names for everything."""
+    expected: Samples = {}
+    for number, run in enumerate(("left", "right")):
+        registry = CollectorRegistry()
+        Gauge("thresher_apart", "Another one in each run.", ["shard"], registry=registry).labels("0").set(number)
+        expected |= held(registry, run)
+        bridge(registry, run, 0)()
+    wait_for(lambda: expected.items() <= shown(endpoint).items())
 
 
 def test_a_failing_registry_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,12 +125,12 @@ def test_a_failing_registry_is_told_once_and_asked_again(caplog: pytest.LogCaptu
             asked.release()
             raise RuntimeError("the shard has ended")
 
-    stop = bridge(Failing(), 3)
+    stop = bridge(Failing(), "digits", 3)
     for _ in range(3):
         assert asked.acquire(timeout=SECONDS)
     stop()
     assert [r.getMessage() for r in caplog.records] == [
-        "the metrics of shard 3 could not be handed to Ray: RuntimeError('the shard has ended')"
+        "the metrics of shard 3 of digits could not be handed to Ray: RuntimeError('the shard has ended')"
     ]
 
 
@@ -128,7 +143,7 @@ def test_stopping_copies_a_last_time_and_leaves_no_thread(monkeypatch: pytest.Mo
             asked.append(1)
             return []
 
-    stop = bridge(Counting(), 4)
+    stop = bridge(Counting(), "digits", 4)
     stop()
     assert len(asked) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "metrics of shard 4"]
@@ -145,7 +160,7 @@ class Shard:
         if not Path(seen).exists():
             Gauge("thresher_first_life", "Ends.", ["shard"], registry=registry).labels("9").set(1)
         Path(seen).touch()
-        bridge(registry, 9)
+        bridge(registry, "digits", 9)
 
     def pid(self) -> int:
         return os.getpid()
@@ -155,7 +170,10 @@ class Shard:
 def test_a_total_is_not_counted_twice_after_a_restart(endpoint: str, tmp_path: Path) -> None:
     """What the first life has shown goes with it, while the second one shows the same total."""
     shard: Any = ray.remote(Shard).options(max_restarts=-1, num_cpus=0).remote(str(tmp_path / "seen"))
-    total, first = ((f"ray_thresher_{name}", frozenset({("shard", "9")})) for name in ("kept_total", "first_life"))
+    total, first = (
+        (f"ray_thresher_{name}", frozenset({("run", "digits"), ("shard", "9")}))
+        for name in ("kept_total", "first_life")
+    )
     wait_for(lambda: first in shown(endpoint))
     os.kill(ray.get(shard.pid.remote()), signal.SIGKILL)
     wait_for(lambda: first not in shown(endpoint))

@@ -10,7 +10,7 @@ from thresher.deploy.ray_cluster import placement
 from thresher.deploy.ray_cluster.config import RayConfig
 from thresher.protos.errors import ConfigurationError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("three_nodes")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("three_nodes"), pytest.mark.xdist_group("ray")]
 
 SECONDS = 60.0
 

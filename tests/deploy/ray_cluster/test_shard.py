@@ -15,7 +15,7 @@ from thresher.deploy.ray_cluster.shard import RemoteShard, Whereabouts
 from thresher.protos.errors import JournalError, ProtocolError
 from thresher.worker.calls import ShardCalls
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_node")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_node"), pytest.mark.xdist_group("ray")]
 
 SECONDS = 60.0
 
@@ -65,8 +65,9 @@ def test_a_drained_shard_has_let_go_of_its_folder_and_says_so(tmp_path: Path) ->
 def test_a_shard_that_cannot_be_had_stays_to_say_why(tmp_path: Path) -> None:
     """Whatever is asked of it; to drain it is no error."""
     (tmp_path / "shard-0").touch()  # a file, where its folder should be
-    with acting(tmp_path) as actor:
-        for question in (actor.where, actor.statistics):
-            with pytest.raises(JournalError, match="shard-0"):
-                ray.get(question.remote(), timeout=SECONDS)
-        ray.get(actor.drain.remote(), timeout=SECONDS)
+    for folder, error in ((tmp_path, JournalError), (Path("/no\0path"), ProtocolError)):
+        with acting(folder) as actor:
+            for question in (actor.where, actor.statistics):
+                with pytest.raises(error, match="shard-0" if error is JournalError else "cannot be served on"):
+                    ray.get(question.remote(), timeout=SECONDS)
+            ray.get(actor.drain.remote(), timeout=SECONDS)

@@ -16,8 +16,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from thresher.deploy.ray_cluster import storage
 from thresher.deploy.ray_cluster.storage import probe
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 SECONDS = 60.0
 
@@ -145,8 +148,16 @@ def test_a_folder_below_a_file_is_refused_by_every_node(nodes: Nodes) -> None:
     assert names(refused) == known(cpus=True)
 
 
+def test_a_node_that_goes_during_the_trial_is_left_out(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there when the nodes were counted, and gets no shard."""
+    listed, gone = storage._candidates(), "ab" * 28
+    answers = iter([{**listed, gone: "gone"}])
+    monkeypatch.setattr(storage, "_candidates", lambda: next(answers, listed))
+    probe(nodes.folder / "left", deadline=SECONDS)
+    assert next(answers, None) is None
+
+
 @pytest.mark.lab
-@pytest.mark.slow
 def test_a_folder_of_the_nodes_own_is_not_shared(nodes: Nodes, hermit: Hermit) -> None:
     with pytest.raises(ConfigurationError, match="not the same on all nodes") as refused:
         probe(hermit.own, deadline=SECONDS)
@@ -159,7 +170,6 @@ def test_a_folder_of_the_nodes_own_is_not_shared(nodes: Nodes, hermit: Hermit) -
 
 
 @pytest.mark.lab
-@pytest.mark.slow
 def test_locks_that_do_not_reach_all_nodes_are_refused(nodes: Nodes, hermit: Hermit) -> None:
     with pytest.raises(ConfigurationError, match=r"a lock was granted that a process on .* holds"):
         probe(hermit.lockless, deadline=SECONDS)
@@ -167,7 +177,6 @@ def test_locks_that_do_not_reach_all_nodes_are_refused(nodes: Nodes, hermit: Her
 
 
 @pytest.mark.lab
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "what"), [("readonly", "Read-only file system"), ("full", "No space left on device")])
 def test_a_folder_that_cannot_be_written_is_refused_by_its_node(
     nodes: Nodes, hermit: Hermit, kind: str, what: str
@@ -181,7 +190,6 @@ def test_a_folder_that_cannot_be_written_is_refused_by_its_node(
 
 
 @pytest.mark.lab
-@pytest.mark.slow
 def test_a_node_that_does_not_answer_is_named(nodes: Nodes, hermit: Hermit) -> None:
     os.killpg(hermit.process.pid, signal.SIGSTOP)
     try:

@@ -25,6 +25,8 @@ from thresher.deploy.ray_cluster.targets import document, serve, write
 from thresher.protos.errors import ConfigurationError
 from thresher.worker import Method, Settings, connect
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 SECONDS = 60.0
 RUN = "targets-test"
 

@@ -23,7 +23,8 @@ class Directory(Protocol):
     """Knows runs by name, and where their shards are at the moment. Called from several threads.
 
     A package offers one as an entry point of the group `thresher.directories`, whose name is the scheme and whose
-    object returns a directory when it is called without arguments. Both methods answer within seconds, or raise.
+    object returns a directory when it is called without arguments. `locate` answers within
+    seconds, `variables` within a minute, or they raise.
     """
 
     def variables(self, run: str) -> Mapping[str, str]:

@@ -196,7 +196,10 @@ def _credentials(found: Mapping[str, str]) -> Credentials:
 def _required(found: Mapping[str, str], name: str) -> int:
     value = _read(found, name, int)
     if value is None:
-        raise ConfigurationError(f"{_PREFIX}{name} is not set")
+        raise ConfigurationError(
+            f"{_PREFIX}{name} is not set: a launcher and Ray Train say it; in processes, actors or tasks of your own "
+            f"set {_PREFIX}RANK and {_PREFIX}WORKERS in each worker before connect"
+        )
     return value
 
 

@@ -6,13 +6,14 @@ from thresher.deploy.ray_cluster.requirement import check_ray
 
 if TYPE_CHECKING:
     from thresher.deploy.ray_cluster.cluster import ShardStatus, down, status, up
-    from thresher.deploy.ray_cluster.config import RayConfig
+    from thresher.deploy.ray_cluster.config import RayConfig, TlsPaths
 
-__all__ = ["RayConfig", "ShardStatus", "down", "status", "up"]
+__all__ = ["RayConfig", "ShardStatus", "TlsPaths", "down", "status", "up"]
 
 _HOME: Final = {
     "RayConfig": "config",
     "ShardStatus": "cluster",
+    "TlsPaths": "config",
     "down": "cluster",
     "status": "cluster",
     "up": "cluster",

@@ -96,6 +96,13 @@ def actors_of(run: str) -> dict[int, Any]:
     return found
 
 
+def taken(run: str) -> ConfigurationError:
+    """Return what to raise when there is a run of that name already."""
+    return ConfigurationError(
+        f"there is a run {run} on this cluster; choose another name, or end that one with `thresher ray down {run}`"
+    )
+
+
 def answers(calls: "Mapping[int, ray.ObjectRef[Any]]", timeout: float) -> dict[int, Any]:
     """Wait for calls to shards.
 

@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from thresher.deploy.ray_cluster import placement, storage
-from thresher.deploy.ray_cluster.calls import actors_of, alive_nodes, answers, attach, name_of, namespace_of
+from thresher.deploy.ray_cluster.calls import actors_of, alive_nodes, answers, attach, name_of, namespace_of, taken
 from thresher.deploy.ray_cluster.config import RayConfig
 from thresher.deploy.ray_cluster.shard import RemoteShard, Whereabouts
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ThresherError
@@ -84,7 +84,7 @@ def up(config: RayConfig, *, deadline: float = 60.0) -> None:
     attach()
     _check_nodes(config)
     if actors_of(config.name) or placement.find(config.name):
-        raise _taken(config.name)
+        raise taken(config.name)
     if config.state_dir is not None:
         storage.probe(config.state_dir, deadline=max(1.0, until - time.monotonic()))
     group = placement.reserve(config, until=until)
@@ -116,7 +116,10 @@ def status(name: str, *, timeout: float = _LOOK_SECONDS) -> list[ShardStatus]:
     shards = sorted(nodes.keys() | actors.keys())
     where, how = _asked(actors, timeout)
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive_nodes()}
-    gone = ConfigurationError(f"Ray has given it up, and its log says why; `thresher ray down {name}` clears it away")
+    gone = ConfigurationError(
+        "Ray has given it up, and its log says why, or it is about to be started for the first time; "
+        f"`thresher ray down {name}` clears it away"
+    )
     return [
         _status(shard, where.get(shard, gone), how.get(shard, gone), addresses.get(nodes.get(shard, ""), ""))
         for shard in shards
@@ -170,7 +173,7 @@ def _start(config: RayConfig, shard: int, group: PlacementGroup) -> Any:  # noqa
     try:
         return RemoteShard.options(**options).remote(config, shard)
     except ActorAlreadyExistsError:  # another driver was faster
-        raise _taken(config.name) from None
+        raise taken(config.name) from None
     finally:
         advice.removeFilter(_is_news)
 
@@ -249,11 +252,12 @@ def _status(
 
 def _drain(actors: Mapping[int, Any], until: float) -> None:
     """Drain the shards that answer; the others are left to their journals."""
-    where, _ = _asked(actors, min(_LOOK_SECONDS, until - time.monotonic()))
-    calls = {shard: actors[shard].drain.remote() for shard, told in where.items() if isinstance(told, Whereabouts)}
-    drained = answers(calls, max(0.0, until - time.monotonic()))
-    for shard in actors:
-        error = drained[shard] if shard in drained else where[shard]
+    calls = {shard: actor.where.remote() for shard, actor in actors.items()}
+    where = answers(calls, min(_LOOK_SECONDS, max(0.0, until - time.monotonic())))
+    # Also those that serve no more: another `down` may have asked, and then this call waits until they are drained.
+    here = [shard for shard, told in where.items() if not isinstance(told, ConnectionTimeoutError)]
+    drained = answers({shard: actors[shard].drain.remote() for shard in here}, max(0.0, until - time.monotonic()))
+    for shard, error in (where | drained).items():
         if isinstance(error, ThresherError):
             _logger.warning("shard %d is ended without a checkpoint, and loses nothing: %s", shard, error)
 
@@ -269,11 +273,5 @@ def _kill(actors: Mapping[int, Any]) -> None:
 def _check_nodes(config: RayConfig) -> None:
     """Refuse plain text between nodes, unless it is asked for, before anything is placed on one."""
     for node in alive_nodes():
-        listen = config.server(0, node["NodeManagerAddress"]).listen
+        listen = config.listen(node["NodeManagerAddress"])
         check_address(listen, insecure=config.insecure, encrypted=config.tls is not None)
-
-
-def _taken(name: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"there is a run {name} on this cluster; choose another name, or end that one with `thresher ray down {name}`"
-    )

@@ -1,7 +1,7 @@
 """``thresher ray``: start a run on a Ray cluster, look at it, end it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -17,11 +17,14 @@ from thresher.deploy.ray_cluster.requirement import check_ray
 app = typer.Typer(no_args_is_help=True, help="Run the shards on a Ray cluster; workers find them as ray://NAME.")
 
 _PAUSE_SECONDS: Final = 3600.0
+_LEAST_COLUMNS: Final = 5  # up to the members; they fit into 80 characters
+_ENDLESS: Final = 10_000
 
 _Name = Annotated[str, typer.Argument(help="Name of the run.")]
 _Address = Annotated[
     str, typer.Option(help="Ray's, such as 10.0.0.1:6379; auto: RAY_ADDRESS, or the cluster of this machine.")
 ]
+_Workers = Annotated[int, typer.Option(help="Workers the run starts with; 0: as many as the first one says.")]
 _StateDir = Annotated[
     Path | None, typer.Option(help="Folder that all nodes share, for what must not be lost; a run goes on from there.")
 ]
@@ -41,7 +44,7 @@ _Deadline = Annotated[float, typer.Option(help="Seconds until all shards must se
 # fmt: off
 @app.command()
 def up(
-    name: _Name, address: _Address = "auto", shards: options.Shards = 1, workers: options.Workers = 1,
+    name: _Name, address: _Address = "auto", shards: options.Shards = 1, workers: _Workers = 0,
     state_dir: _StateDir = None, worker_state_dir: _WorkerStateDir = None,
     durability: options.Durability = "process",
     compressor: options.Compressor = "HardThreshold", threshold: options.Threshold = None,
@@ -82,8 +85,8 @@ def up(
         config = RayConfig(
             name, shards, workers, method, consistency, seed, durability, _whole(state_dir),
             _whole(worker_state_dir), cpus, strict_spread, start_timeout, round_timeout, lease, checkpoint_every,
-            checkpoints, insecure, _tls(tls_ca, tls_cert, tls_key), tokens,
-            _tls(worker_tls_ca, worker_tls_cert, worker_tls_key), worker_token_file,
+            checkpoints, insecure, _tls(tls_ca, tls_cert, tls_key), _whole(tokens),
+            _tls(worker_tls_ca, worker_tls_cert, worker_tls_key), _whole(worker_token_file),
         )
         attach(address)
         cluster.up(config, deadline=deadline)
@@ -108,7 +111,7 @@ def status(
     if as_json:
         typer.echo(json.dumps([asdict(shard) for shard in shards]))
     else:
-        Console().print(_table(name, shards))
+        _print(name, shards, Console())
     if any(shard.state != "SERVING" for shard in shards):
         raise typer.Exit(1)
 
@@ -158,25 +161,51 @@ def targets(
             typer.echo(json.dumps(finding.document(look(name))))
 
 
-def _whole(folder: Path | None) -> Path | None:
-    return None if folder is None else folder.absolute()
+def _whole(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Any:  # noqa: ANN401 - imported when it is needed
-    from thresher.protos.credentials import TlsFiles
+    from thresher.deploy.ray_cluster.config import TlsPaths
 
-    return TlsFiles(*map(_whole, (ca, certificate, key))) if ca or certificate or key else None
+    return TlsPaths(*map(_whole, (ca, certificate, key))) if ca or certificate or key else None
 
 
-def _table(name: str, shards: "Sequence[ShardStatus]") -> Table:  # type: ignore[name-defined]  # noqa: F821
-    table = Table(title=name)
-    for heading in ("shard", "node", "address", "version", "members", "bytes up", "bytes down", "last iteration"):
-        table.add_column(heading, justify="left" if heading in ("node", "address") else "right", overflow="fold")
-    table.add_column("state", min_width=len("SERVING:"), overflow="fold")
+def _print(name: str, shards: "Sequence[ShardStatus]", console: Console) -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Print a row for each shard, then why some do not serve. Of a narrow screen the last columns are left out."""
+    rows = [_row(shard) for shard in shards]
+    endless = console.options.update(width=_ENDLESS)
+    tables = [_table(name, rows, columns) for columns in range(_LEAST_COLUMNS, len(rows[0]) + 1)]
+    fitting = [table for table in tables if console.measure(table, options=endless).maximum <= console.width]
+    console.print(fitting[-1] if fitting else tables[0])
     for one in shards:
-        age = "–" if one.last_iteration_age is None else f"{one.last_iteration_age:,.1f} s ago"
-        numbers = (one.version, one.members, one.bytes_up, one.bytes_down)
-        counted = (f"{number:,}" if one.address else "–" for number in numbers)
-        state = f"{one.state}: {one.reason}"
-        table.add_row(str(one.shard), one.node or "–", one.address or "–", *counted, age, state)
+        if one.state != "SERVING":
+            console.print(
+                f"shard {one.shard} is {one.state}: {one.reason}", highlight=False, markup=False, soft_wrap=True
+            )
+
+
+def _row(one: "ShardStatus") -> dict[str, str]:  # type: ignore[name-defined]  # noqa: F821
+    """Return what a row shows under which heading, that which is needed most first."""
+    known = one.address != ""
+    age = "–" if one.last_iteration_age is None else f"{one.last_iteration_age:,.1f} s ago"
+    return {
+        "shard": str(one.shard),
+        "state": f"{one.state}: {one.reason}" if one.state == "SERVING" else one.state,
+        "where": one.address or one.node or "–",
+        "version": f"{one.version:,}" if known else "–",
+        "members": f"{one.members:,}" if known else "–",
+        "last iteration": age,
+        "bytes up": f"{one.bytes_up:,}" if known else "–",
+        "bytes down": f"{one.bytes_down:,}" if known else "–",
+    }
+
+
+def _table(name: str, rows: Sequence[Mapping[str, str]], columns: int) -> Table:
+    table = Table(title=name, title_justify="left")
+    headings = list(rows[0])[:columns]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("state", "where") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
     return table

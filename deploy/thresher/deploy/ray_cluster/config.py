@@ -7,7 +7,7 @@ from typing import Final, final, get_args
 
 from thresher.deploy.launch_config import Durability
 from thresher.protos.consistency import Consistency
-from thresher.protos.credentials import Credentials, TlsFiles
+from thresher.protos.credentials import TlsFiles
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.timeouts import (
     LEASE_SECONDS,
@@ -23,19 +23,51 @@ from thresher.worker.directory import check_run
 
 _EVERYTHING: Final = Method(threshold=0.0)
 _SYNC: Final = Consistency()
-_OF_ONE_WORKER: Final = ("THRESHER_RANK",)
 _LOOPBACK: Final = "127.0.0.1"
 
 
 @final
 @dataclass(frozen=True, slots=True)
+class TlsPaths:
+    """Where the PEM files of one end of TLS lie on its node: `TlsFiles` once they are read there, and not before.
+
+    Who starts a run need not have them, and had better not: a private key belongs where it is shown.
+
+    Attributes:
+        ca: Certificates of the authorities that the other end's certificate must come from.
+        certificate: This end's certificate.
+        key: Its private key.
+
+    Raises:
+        ConfigurationError: when there is a certificate without key or the reverse, or nothing at all.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be seen without the files."""
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigurationError("a certificate and its private key go together; name both or neither")
+        if self.ca is None and self.certificate is None:
+            raise ConfigurationError("TLS needs an authority to trust, a certificate to show with its key, or both")
+
+    def read(self) -> TlsFiles:
+        """Return the files as they are on this node. Raises ConfigurationError when they cannot be used."""
+        return TlsFiles(self.ca, self.certificate, self.key)
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class RayConfig:
-    """What to run. Paths are those of the nodes, and the same on all of them.
+    """What to run. Paths are those of the nodes, and the same on all of them; none is read before it is used there.
 
     Attributes:
         name: Of the run, by which workers find it: letters, digits, ``-_.``.
         shards: Number of shards.
-        workers: Number of workers the run starts with; others may join and leave.
+        workers: Number of workers the run starts with; 0 for as many as the first of them says, which Ray Train knows.
+            Others may join and leave.
         method: What is sent.
         consistency: When rounds close.
         seed: Keys data order and randomness.
@@ -62,7 +94,7 @@ class RayConfig:
 
     name: str
     shards: int = 1
-    workers: int = 1
+    workers: int = 0
     method: Method = _EVERYTHING
     consistency: Consistency = _SYNC
     seed: int = 0
@@ -77,32 +109,70 @@ class RayConfig:
     checkpoint_every: int = 500
     checkpoints: int = 3
     insecure: bool = False
-    tls: TlsFiles | None = None
+    tls: TlsPaths | None = None
     tokens: Path | None = None
-    worker_tls: TlsFiles | None = None
+    worker_tls: TlsPaths | None = None
     worker_token_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Check before a cluster is asked for anything."""
         check_run(self.name)
-        if self.shards < 1 or self.workers < 1:
+        if self.shards < 1 or self.workers < 0:
             raise ConfigurationError(
-                f"a run needs at least one shard and one worker, not {self.shards}, {self.workers}"
+                f"a run needs at least one shard and no negative number of workers, not {self.shards}, {self.workers}"
             )
         if not (math.isfinite(self.cpus) and self.cpus > 0):
             raise ConfigurationError(f"the CPUs of a shard must be a finite number > 0, not {self.cpus}")
         if self.checkpoints < 1:
             raise ConfigurationError(f"at least 1 checkpoint is kept, not {self.checkpoints}")
-        if self.consistency.quorum > self.workers:
+        if 0 < self.workers < self.consistency.quorum:
             raise ConfigurationError(f"a quorum of {self.consistency.quorum} is more than {self.workers} workers")
-        self._check_folders()
-        self.server(0, _LOOPBACK)  # the two check the rest
+        self._check_durability()
+        self._check_paths()
+        self._check_tls()
+        self._shard(0)  # the two check the rest
         self._settings()
 
+    @staticmethod
+    def listen(host: str) -> str:
+        """Return where a shard listens on ``host``: at a port that is free there."""
+        return f"[{host}]:0" if ":" in host else f"{host}:0"
+
     def server(self, shard: int, host: str) -> ServerConfig:
-        """Return what one shard is told that serves on ``host``, at ports that are free there."""
-        host = f"[{host}]" if ":" in host else host
-        told = ShardConfig(
+        """Return what one shard is told that serves on ``host``, which this is.
+
+        Raises:
+            ConfigurationError: when its certificate cannot be read here.
+        """
+        return ServerConfig(
+            self._shard(shard),
+            listen=self.listen(host),
+            metrics_listen=self.listen(host),
+            state_dir=None if self.state_dir is None else self.state_dir / f"shard-{shard}",
+            sync=self.durability == "disk",
+            checkpoints=self.checkpoints,
+            insecure=self.insecure,
+            tls=None if self.tls is None else self.tls.read(),
+            tokens=self.tokens,
+        )
+
+    def variables(self) -> dict[str, str]:
+        """Return what every worker is told, as ``THRESHER_*`` variables: all but its rank, and ``workers`` if 0."""
+        told = self._settings().environment()
+        del told["THRESHER_RANK"]
+        if not self.workers:
+            del told["THRESHER_WORKERS"]
+        tls = self.worker_tls
+        paths = {
+            "THRESHER_TLS_CA": tls and tls.ca,
+            "THRESHER_TLS_CERT": tls and tls.certificate,
+            "THRESHER_TLS_KEY": tls and tls.key,
+            "THRESHER_TOKEN_FILE": self.worker_token_file,
+        }
+        return told | {name: str(path) for name, path in paths.items() if path is not None}
+
+    def _shard(self, shard: int) -> ShardConfig:
+        return ShardConfig(
             shard,
             self.shards,
             self.workers,
@@ -111,29 +181,13 @@ class RayConfig:
             lease=self.lease,
             checkpoint_every=self.checkpoint_every,
         )
-        return ServerConfig(
-            told,
-            listen=f"{host}:0",
-            metrics_listen=f"{host}:0",
-            state_dir=None if self.state_dir is None else self.state_dir / f"shard-{shard}",
-            sync=self.durability == "disk",
-            checkpoints=self.checkpoints,
-            insecure=self.insecure,
-            tls=self.tls,
-            tokens=self.tokens,
-        )
-
-    def variables(self) -> dict[str, str]:
-        """Return what every worker is told, as ``THRESHER_*`` variables: all but its rank."""
-        told = self._settings().environment()
-        return {name: value for name, value in told.items() if name not in _OF_ONE_WORKER}
 
     def _settings(self) -> Settings:
         shared = None if self.state_dir is None else self.state_dir / "workers"
         return Settings(
             tuple(f"ray://{self.name}/{shard}" for shard in range(self.shards)),
             rank=0,
-            workers=self.workers,
+            workers=self.workers or 1,
             seed=self.seed,
             method=self.method,
             consistency=self.consistency,
@@ -142,10 +196,9 @@ class RayConfig:
             state_is_local=self.worker_state_dir is not None,
             reconnect_timeout=patience_with_shards(self.lease, RESTART_SECONDS),
             insecure=self.insecure,
-            credentials=Credentials(self.worker_tls, self.worker_token_file),
         )
 
-    def _check_folders(self) -> None:
+    def _check_durability(self) -> None:
         if self.durability not in get_args(Durability):
             raise ConfigurationError(f"durability is one of {', '.join(get_args(Durability))}, not {self.durability!r}")
         folders = [folder for folder in (self.state_dir, self.worker_state_dir) if folder is not None]
@@ -156,8 +209,21 @@ class RayConfig:
                 f"durability {self.durability} needs a folder that all nodes share: name --state-dir; or keep nothing, "
                 "with --durability none"
             )
-        for folder in folders:
-            if not folder.is_absolute():
-                raise ConfigurationError(
-                    f"{folder} may be another folder on each node; write the whole path, from / on"
-                )
+
+    def _check_paths(self) -> None:
+        shown = [path for tls in (self.tls, self.worker_tls) if tls for path in (tls.ca, tls.certificate, tls.key)]
+        for path in (self.state_dir, self.worker_state_dir, self.tokens, self.worker_token_file, *shown):
+            if path is not None and not path.is_absolute():
+                raise ConfigurationError(f"{path} may be another one on each node; write the whole path, from / on")
+
+    def _check_tls(self) -> None:
+        """Check what shards and workers would refuse on their nodes."""
+        if self.tls is not None and self.tls.certificate is None:
+            raise ConfigurationError("a shard that speaks TLS shows a certificate; name --tls-cert and --tls-key")
+        if self.tls is not None and self.tls.ca is None and self.tokens is None:
+            raise ConfigurationError(
+                "the traffic would be encrypted, but anybody could call; name the authority of the workers' "
+                "certificates (--tls-ca), a file of tokens (--tokens), or both"
+            )
+        if self.worker_tls is not None and self.worker_tls.ca is None:
+            raise ConfigurationError("workers trust shards by who has signed their certificates; name --worker-tls-ca")

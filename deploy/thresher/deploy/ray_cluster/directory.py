@@ -1,16 +1,21 @@
 """``connect("ray://NAME")``: a worker finds the shards of its run by name, and again after they moved."""
 
 import sys
-from typing import Final, final
+import time
+from typing import Any, Final, final
 
 from thresher.deploy.ray_cluster.requirement import check_ray
 
 check_ray()  # before Ray is imported below: an entry point leads here, and the message must be a clear one
 
+import ray  # noqa: E402
+
 from thresher.deploy.ray_cluster.calls import actor_of, actors_of, answers, attach, own_ip  # noqa: E402
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ThresherError  # noqa: E402
+from thresher.protos.timeouts import CONNECT_SECONDS  # noqa: E402
 
 _ANSWER_SECONDS: Final = 5.0
+_PAUSE_SECONDS: Final = 0.5
 _TRAIN: Final = "ray.train"
 
 
@@ -21,21 +26,22 @@ class RayDirectory:
     def variables(self, run: str) -> dict[str, str]:
         """Return what this worker is told: by the run, by its node, and inside Ray Train by its group.
 
+        A lost node may take shards and workers alike, so shards that are being started again are waited for.
+
         Raises:
             ConfigurationError: when there is no cluster, or no such run on it.
-            ConnectionTimeoutError: when no shard of it answers.
+            ConnectionTimeoutError: when no shard of it has answered in a minute.
         """
         attach()
-        calls = {shard: actor.variables.remote() for shard, actor in sorted(actors_of(run).items())}
-        if not calls:
-            raise ConfigurationError(f"there is no run {run} on this cluster; start it first: thresher ray up {run}")
-        for shard, call in calls.items():
-            told = answers({shard: call}, _ANSWER_SECONDS)[shard]
-            if not isinstance(told, ThresherError):
-                return {**told, "THRESHER_METRICS": _free_port_here(), **_place_in_train()}
-        raise ConnectionTimeoutError(
-            f"no shard of the run {run} answers; `thresher ray status {run}` says what is known of them"
-        )
+        until = time.monotonic() + CONNECT_SECONDS
+        while (told := _of_any_shard(run)) is None:
+            if time.monotonic() > until:
+                raise ConnectionTimeoutError(
+                    f"no shard of the run {run} has answered in {CONNECT_SECONDS:g} s; `thresher ray status {run}` "
+                    "says what is known of them"
+                )
+            time.sleep(_PAUSE_SECONDS)
+        return {**told, "THRESHER_METRICS": _free_port_here(), **_place_in_train()}
 
     def locate(self, run: str, shard: int) -> str:
         """Return ``host:port`` of where a shard is now.
@@ -50,6 +56,16 @@ class RayDirectory:
             raise told
         address: str = told.address
         return address
+
+
+def _of_any_shard(run: str) -> dict[str, Any] | None:
+    """Return the run's variables from whichever shard answers first, for all say the same; None when none does soon."""
+    calls: dict[int, Any] = {shard: actor.variables.remote() for shard, actor in actors_of(run).items()}
+    if not calls:
+        raise ConfigurationError(f"there is no run {run} on this cluster; start it first: thresher ray up {run}")
+    ray.wait(list(calls.values()), num_returns=1, timeout=_ANSWER_SECONDS)
+    told = answers(calls, 0.0).values()
+    return next((variables for variables in told if not isinstance(variables, ThresherError)), None)
 
 
 def _free_port_here() -> str:

@@ -21,12 +21,12 @@ class Registry(Protocol):
         ...
 
 
-def bridge(registry: Registry, shard: int) -> Callable[[], None]:
+def bridge(registry: Registry, run: str, shard: int) -> Callable[[], None]:
     """Copy what ``registry`` counts into Ray's metrics every few seconds, until the function it returns is called.
 
-    Names and labels are the registry's, and so are their bounds; Ray puts ``ray_`` before each name and adds labels of
-    its own. Histograms are left out, for Ray takes single observations only, and no boundary at 0: they are found at
-    the shard's own endpoint.
+    Names and labels are the registry's, and so are their bounds, but for the label ``run``: a node may have shards of
+    several. Ray puts ``ray_`` before each name and adds labels of its own. Histograms are left out, for Ray takes
+    single observations only, and no boundary at 0: they are found at the shard's own endpoint.
 
     A counter goes over as a gauge of the same name, ``…_total``. A shard's totals outlive its process; those of a
     Ray counter are sums of increments, which a node keeps for processes that are gone: after a restart it would show
@@ -34,6 +34,7 @@ def bridge(registry: Registry, shard: int) -> Callable[[], None]:
 
     Args:
         registry: Of the shard's metrics.
+        run: Name of the shard's run.
         shard: Its position, for the log.
 
     Returns:
@@ -41,19 +42,19 @@ def bridge(registry: Registry, shard: int) -> Callable[[], None]:
     """
     stopped = threading.Event()
 
-    def run() -> None:
+    def copy() -> None:
         gauges: dict[str, Gauge] = {}
         told, ended = "", False
         while not ended:
             ended = stopped.wait(_PAUSE_SECONDS)
             try:
-                _copy(registry, gauges)
+                _copy(registry, run, gauges)
             except Exception as error:  # noqa: BLE001 - a shard goes on without a copy of its metrics
                 if told != repr(error):
                     told = repr(error)
-                    _logger.warning("the metrics of shard %d could not be handed to Ray: %s", shard, told)
+                    _logger.warning("the metrics of shard %d of %s could not be handed to Ray: %s", shard, run, told)
 
-    thread = threading.Thread(target=run, name=f"metrics of shard {shard}", daemon=True)
+    thread = threading.Thread(target=copy, name=f"metrics of shard {shard}", daemon=True)
     thread.start()
 
     def stop() -> None:
@@ -63,11 +64,11 @@ def bridge(registry: Registry, shard: int) -> Callable[[], None]:
     return stop
 
 
-def _copy(registry: Registry, gauges: dict[str, Gauge]) -> None:
+def _copy(registry: Registry, run: str, gauges: dict[str, Gauge]) -> None:
     for family in registry.collect():
         if family.type not in {"counter", "gauge"}:
             continue
         for sample in family.samples:
             if sample.name not in gauges:
-                gauges[sample.name] = Gauge(sample.name, family.documentation, tuple(sample.labels))
-            gauges[sample.name].set(sample.value, sample.labels)
+                gauges[sample.name] = Gauge(sample.name, family.documentation, ("run", *sample.labels))
+            gauges[sample.name].set(sample.value, {"run": run, **sample.labels})

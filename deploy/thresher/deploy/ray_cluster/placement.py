@@ -6,9 +6,10 @@ from collections.abc import Collection
 from typing import Any, Final
 
 import ray
+from ray.exceptions import RaySystemError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from thresher.deploy.ray_cluster.calls import alive_nodes
+from thresher.deploy.ray_cluster.calls import alive_nodes, taken
 from thresher.deploy.ray_cluster.config import RayConfig
 from thresher.protos.errors import ConfigurationError
 
@@ -25,15 +26,20 @@ def reserve(config: RayConfig, *, until: float) -> PlacementGroup:
 
     Raises:
         ConfigurationError: when it cannot be had by then; it says what was asked and what there is, and nothing is
-            left reserved.
+            left reserved. When there is a group of that name in this driver's namespace.
     """
     # By this name: a group belongs to the namespace of whoever makes it, and any driver may end the run.
-    group: PlacementGroup = placement_group(
-        [{"CPU": config.cpus}] * config.shards,
-        strategy="STRICT_SPREAD" if config.strict_spread else "SPREAD",
-        name=_group_name(config.name),
-        lifetime="detached",
-    )
+    try:
+        group: PlacementGroup = placement_group(
+            [{"CPU": config.cpus}] * config.shards,
+            strategy="STRICT_SPREAD" if config.strict_spread else "SPREAD",
+            name=_group_name(config.name),
+            lifetime="detached",
+        )
+    except RaySystemError:
+        if find(config.name):
+            raise taken(config.name) from None
+        raise
     begin = time.monotonic()
     try:
         is_ready = group.wait(max(1, math.ceil(until - begin)))
@@ -54,17 +60,12 @@ def reserve(config: RayConfig, *, until: float) -> PlacementGroup:
 
 def find(run: str) -> dict[str, PlacementGroup]:
     """Return the groups of a run by their ids: one, but two while two drivers begin it in the same instant."""
-    return {
-        number: PlacementGroup(ray.PlacementGroupID.from_hex(number))
-        for number, told in _table().items()
-        if told["name"] == _group_name(run) and told["state"] != _REMOVED
-    }
+    return {number: PlacementGroup(ray.PlacementGroupID.from_hex(number)) for number in _groups(run)}
 
 
 def nodes_of(run: str) -> dict[int, str]:
     """Return the node of each shard by its id; an empty one where it waits for a node."""
-    table = _table()
-    return {shard: node for number in find(run) for shard, node in table[number]["bundles_to_node_id"].items()}
+    return {shard: node for told in _groups(run).values() for shard, node in told["bundles_to_node_id"].items()}
 
 
 def remove(groups: Collection[PlacementGroup], *, until: float) -> bool:
@@ -81,6 +82,15 @@ def remove(groups: Collection[PlacementGroup], *, until: float) -> bool:
 
 def _group_name(run: str) -> str:
     return f"thresher-{run}"
+
+
+def _groups(run: str) -> dict[str, dict[str, Any]]:
+    """Return what Ray says of the groups of a run, all at one instant."""
+    return {
+        number: told
+        for number, told in _table().items()
+        if told["name"] == _group_name(run) and told["state"] != _REMOVED
+    }
 
 
 def _table() -> dict[str, dict[str, Any]]:

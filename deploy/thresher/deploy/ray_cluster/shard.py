@@ -72,9 +72,10 @@ class ShardActor:
         threading.Thread(target=self._loop.run_forever, name="shard", daemon=True).start()
         try:
             self._server = self._served(config.server(shard, self._ip))
-        except ThresherError as error:
+        except Exception as error:
             _logger.exception("shard %d of %s cannot be served", shard, config.name)
-            self._failure = error
+            told = ProtocolError(f"shard {shard} cannot be served on {self._ip}: {error!r}; its log says where")
+            self._failure = error if isinstance(error, ThresherError) else told
         else:
             self._end_bridge = self._bridged()
 
@@ -135,7 +136,7 @@ class ShardActor:
     def _bridged(self) -> Callable[[], None]:
         registry = self._server.registry
         assert registry is not None  # noqa: S101 - RayConfig has every shard serve its metrics
-        return bridge(registry, self._shard)
+        return bridge(registry, self._config.name, self._shard)
 
     def _last_iteration_age(self, server: ShardServer) -> float | None:
         assert server.registry is not None  # noqa: S101

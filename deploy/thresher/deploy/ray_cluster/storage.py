@@ -36,18 +36,31 @@ def probe(folder: Path, *, deadline: float) -> None:
     """
     if not folder.is_absolute():
         raise ConfigurationError(f"{folder} may be another folder on each node; write the whole path, from / on")
-    nodes = {
+    until = time.monotonic() + deadline
+    nodes = _candidates()
+    while nodes:  # without any no shard can be placed; who tries to says so
+        trial = _Trial(folder, nodes, max(0.0, until - time.monotonic()))
+        try:
+            trial.run()
+        except _NodeLostError:
+            nodes = {node: name for node, name in nodes.items() if node in _candidates()}
+        else:
+            return
+        finally:
+            trial.clean()
+
+
+def _candidates() -> dict[str, str]:
+    """Return the nodes that may get a shard: names for people, by id."""
+    return {
         node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and node["Resources"].get("CPU")
     }
-    if not nodes:
-        return  # no shard can be placed; who tries to says so
-    trial = _Trial(folder, nodes, deadline)
-    try:
-        trial.run()
-    finally:
-        trial.clean()
+
+
+class _NodeLostError(Exception):
+    """A node has left the cluster, and gets no shard: the others are to be tried without it."""
 
 
 @final
@@ -107,7 +120,7 @@ class _Trial:
             _cancel(late)
             missing = self._named([node for node, call in calls.items() if call in late])
             raise ConnectionTimeoutError(
-                f"{missing} did not answer within {self._seconds:g} s when asked to try out {self._folder}; see "
+                f"{missing} did not answer within {self._seconds:.3g} s when asked to try out {self._folder}; see "
                 "whether the file system hangs there, or the node is overloaded, or wait for longer"
             )
         answers, failures = {}, {}
@@ -116,6 +129,8 @@ class _Trial:
                 answers[node] = ray.get(call)
             except RayError as error:  # the node died, or has not what it takes to run a shard
                 failures[node] = f"the trial could not run: {str(error).strip().splitlines()[-1]}"
+        if failures.keys() - _candidates().keys():
+            raise _NodeLostError
         self._refuse(failures)
         return answers
 
