@@ -174,6 +174,7 @@ class Shard:
             if member.incarnation:  # its lease goes on until the new life exchanges
                 member.lost_at = min(member.lost_at, now)
             written.append(self._fold(Admitted(request.worker, request.origin, request.metrics_address)))
+        member.among = request.workers
         state.members.expect(request.workers, now)
         answer = effects.Registered(
             history=state.history,
@@ -219,6 +220,7 @@ class Shard:
         self._feed.check(hello.history, str(member))
         if member.state is MemberState.LEFT:  # it has not heard so, and says its leave again
             return [effects.Backlog(())]
+        self._state.members.check_company(member.rank, member.among)
         backlog = tuple(self._feed.since(hello.history.version))
         member.state, member.version, member.lost_at = MemberState.EXCHANGING, hello.history.version, math.inf
         member.told = self._state.version
@@ -285,6 +287,7 @@ class Shard:
             state.version + 1,
             state.threshold,
             self._announced(now),
+            overrides=state.overrides,
             consistency=state.consistency,
             spec=state.spec,
         )
