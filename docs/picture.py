@@ -1,11 +1,16 @@
-"""Draws docs/images/launch.svg from a real run: the live display in the middle of it, and the table at its end.
+"""Draws docs/images/*.svg from real runs, as a terminal shows them.
 
-python docs/picture.py
+python docs/picture.py launch      # the live display in the middle of a run, and the table at its end
+python docs/picture.py ray-status  # four shards on three nodes of a Ray cluster, while two workers train
 """
 
 import io
+import os
 import re
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -16,25 +21,67 @@ from thresher.deploy.results import results_table
 from thresher.worker import Method
 
 ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "examples" / "digits.py")
 
 
-def main() -> None:
+def draw(name: str, console: Console, title: str) -> None:
+    drawing = console.export_svg(title=title)
+    # Without the fonts that it would load over the network: any monospaced one will do.
+    drawing = re.sub(r"@font-face \{[^}]*\}|<!--.*?-->", "", drawing, flags=re.DOTALL)
+    (ROOT / "docs" / "images").mkdir(exist_ok=True)
+    (ROOT / "docs" / "images" / f"{name}.svg").write_text(drawing, encoding="utf-8")
+
+
+def screen() -> Console:
+    return Console(record=True, width=100, force_terminal=True, file=io.StringIO())
+
+
+def draw_launch() -> None:
     pictures: list[Picture] = []
-    config = LaunchConfig((str(ROOT / "examples" / "digits.py"),), shards=2, workers=4, method=Method(density=0.01))
+    config = LaunchConfig((DIGITS,), shards=2, workers=4, method=Method(density=0.01))
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
         results = launch(config, Path(folder) / "run", pictures.append, stop, baseline=True)
     sparse = [picture for picture in pictures if picture.title.startswith("sparse") and picture.shards]
-    console = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
+    console = screen()
     console.print("$ thresher launch --shards 2 --workers 4 --density 0.01 --baseline examples/digits.py\n")
     console.print(table_of(min(sparse, key=lambda picture: abs(picture.shards[0].version - 240))))
     console.print()
     console.print(results_table(results))
-    drawing = console.export_svg(title="thresher launch")
-    # Without the fonts that it would load over the network: any monospaced one will do.
-    drawing = re.sub(r"@font-face \{[^}]*\}|<!--.*?-->", "", drawing, flags=re.DOTALL)
-    (ROOT / "docs" / "images").mkdir(exist_ok=True)
-    (ROOT / "docs" / "images" / "launch.svg").write_text(drawing, encoding="utf-8")
+    draw("launch", console, "thresher launch")
+
+
+def draw_ray_status() -> None:
+    import ray  # noqa: PLC0415 - the other picture needs none
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    from thresher.deploy.ray_cluster import RayConfig, commands, down, status, up  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(3):
+            cluster.add_node(num_cpus=2)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        try:
+            up(RayConfig("digits", 4, method=Method(density=0.01), state_dir=Path(folder) / "state", insecure=True))
+            environment = {**os.environ, "THRESHER_SHARDS": "ray://digits", "THRESHER_WORKERS": "2"}
+            workers = [
+                subprocess.Popen([sys.executable, DIGITS], env={**environment, "THRESHER_RANK": str(rank)})
+                for rank in range(2)
+            ]
+            while (shards := status("digits"))[0].version < 200:
+                time.sleep(0.1)
+            console = screen()
+            console.print("$ thresher ray status digits\n")
+            commands.show("digits", shards, console)
+            for worker in workers:
+                worker.wait()
+            down("digits")
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+    draw("ray-status", console, "thresher ray status")
 
 
 if __name__ == "__main__":
-    main()
+    {"launch": draw_launch, "ray-status": draw_ray_status}[sys.argv[1]]()

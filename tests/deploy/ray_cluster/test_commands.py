@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from thresher.deploy.cli import app
 from thresher.deploy.ray_cluster.cluster import ShardStatus
-from thresher.deploy.ray_cluster.commands import _print
+from thresher.deploy.ray_cluster.commands import show
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -72,7 +72,7 @@ def test_the_table_shows_what_is_known_and_why_the_rest_is_not() -> None:
 def shown(shards: list[ShardStatus], width: int) -> list[str]:
     console = Console(width=width)
     with console.capture() as printed:
-        _print("digits", shards, console)
+        show("digits", shards, console)
     return printed.get().splitlines()
 
 

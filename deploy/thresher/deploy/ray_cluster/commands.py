@@ -111,7 +111,7 @@ def status(
     if as_json:
         typer.echo(json.dumps([asdict(shard) for shard in shards]))
     else:
-        _print(name, shards, Console())
+        show(name, shards, Console())
     if any(shard.state != "SERVING" for shard in shards):
         raise typer.Exit(1)
 
@@ -171,7 +171,7 @@ def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Any:  #
     return TlsPaths(*map(_whole, (ca, certificate, key))) if ca or certificate or key else None
 
 
-def _print(name: str, shards: "Sequence[ShardStatus]", console: Console) -> None:  # type: ignore[name-defined]  # noqa: F821
+def show(name: str, shards: "Sequence[ShardStatus]", console: Console) -> None:  # type: ignore[name-defined]  # noqa: F821
     """Print a row for each shard, then why some do not serve. Of a narrow screen the last columns are left out."""
     rows = [_row(shard) for shard in shards]
     endless = console.options.update(width=_ENDLESS)
