@@ -16,8 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from thresher.deploy.display import Picture, table_of
-from thresher.deploy.launch import LaunchConfig, StopSignals, launch
+from thresher.deploy.launch import launch
+from thresher.deploy.launch_config import LaunchConfig
 from thresher.deploy.results import results_table
+from thresher.deploy.stop_signals import StopSignals
 from thresher.worker import Method
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +40,9 @@ def screen() -> Console:
 
 def draw_launch() -> None:
     pictures: list[Picture] = []
-    config = LaunchConfig((DIGITS,), shards=2, workers=4, method=Method(density=0.01))
+    config = LaunchConfig((DIGITS,), shards=2, workers=4, method=Method(density=0.01), baseline=True)
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
-        results = launch(config, Path(folder) / "run", pictures.append, stop, baseline=True)
+        results = launch(config, Path(folder), pictures.append, stop)
     sparse = [picture for picture in pictures if picture.title.startswith("sparse") and picture.shards]
     console = screen()
     console.print("$ thresher launch --shards 2 --workers 4 --density 0.01 --baseline examples/digits.py\n")
@@ -79,7 +81,7 @@ def draw_ray_status() -> None:
             down("digits")
         finally:
             ray.shutdown()
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
     draw("ray-status", console, "thresher ray status")
 
 
