@@ -84,4 +84,6 @@ def _show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, title: str) -> No
 def _cell(value: Any) -> str:  # noqa: ANN401 - whatever a measurement found
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,4 +1,4 @@
-"""Where the members' loops over the data are, so that who joins without a memory goes on there."""
+"""Where the members' loops over the data are, so that all of them are at one place."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ class Bookmark:
         pass_step: The step at which the last of these began.
         shares: What was taken of it, one entry for each number of workers it was dealt for, in turn; at least one.
         agreements: How many agreements have been asked for.
+        since: The step at which the data were dealt for this number of workers; 0 where they were from the beginning.
     """
 
     step: int
@@ -31,45 +32,39 @@ class Bookmark:
     pass_step: int
     shares: tuple[Share, ...]
     agreements: int = 0
+    since: int = 0
 
     @property
     def workers(self) -> int:
         """Among how many workers the pass is dealt now."""
         return self.shares[-1][0]
 
+    @property
+    def data(self) -> tuple[object, ...]:
+        """What says which data come next, and what is drawn for them."""
+        return self.step, self.pass_step, self.shares
+
+    @property
+    def dealing(self) -> tuple[int, int]:
+        """By which dealing they come: two workers of one have passes that begin at the same steps."""
+        return self.since, self.workers
+
     def dealt_for(self, workers: int) -> "Bookmark":
         """Return the same place, with the rest of the pass dealt for ``workers``."""
-        return self if workers == self.workers else replace(self, shares=(*self.shares, (workers, 0)))
-
-    def redealt(self, before: "Bookmark | None", workers: int) -> "Bookmark":
-        """Return this place, one step behind ``before``, as if that step's batches had been dealt for ``workers``.
-
-        A step whose push was made for another number of workers counts, in a pass that is dealt anew, as one of theirs.
-        """
-        if before is None:
-            return self.dealt_for(workers)
-        begin = before.dealt_for(workers)
-        taken = self.shares[-1][1]
-        if self.pass_step != before.pass_step:
-            return replace(self, shares=((workers, taken),))
-        if len(self.shares) == len(before.shares):
-            taken -= before.shares[-1][1]
-        *earlier, (_, already) = begin.shares
-        return replace(self, shares=(*earlier, (workers, already + taken)))
+        if workers == self.workers:
+            return self
+        return replace(self, shares=(*self.shares, (workers, 0)), since=self.step)
 
 
 def furthest(told: Iterable[Bookmark | None], before: Bookmark | None) -> Bookmark | None:
-    """Return where the loops are after a round.
+    """Return where the loops are after a round: of two that are equally far the first one counts.
 
     Args:
         told: What its pushes say, in rank order.
-        before: Where they were; a worker that has fallen behind does not call the others back. Of two that are equally
-            far the one counts that has the pass dealt for another number of workers: it knows what is new.
+        before: Where they were; a worker that has fallen behind does not call the others back.
     """
-    places = [place for place in told if place is not None]
-    if before is None:
-        return max(places, key=lambda place: place.step, default=None)
-    return max([before, *places], key=lambda place: (place.step, place.workers != before.workers))
+    places = [place for place in (before, *told) if place is not None]
+    return max(places, key=lambda place: (place.step, place.passes, place.begun), default=None)
 
 
 def bookmark_to_message(bookmark: Bookmark) -> pb.Bookmark:
@@ -81,6 +76,7 @@ def bookmark_to_message(bookmark: Bookmark) -> pb.Bookmark:
         pass_step=bookmark.pass_step,
         shares=[pb.Share(workers=workers, taken=taken) for workers, taken in bookmark.shares],
         agreements=bookmark.agreements,
+        since=bookmark.since,
     )
 
 
@@ -91,4 +87,6 @@ def bookmark_from_message(message: pb.Bookmark) -> Bookmark:
         raise ProtocolError(
             f"a bookmark in pass {message.begun} from step {message.pass_step} of {list(shares)} is told"
         )
-    return Bookmark(message.step, message.passes, message.begun, message.pass_step, shares, message.agreements)
+    return Bookmark(
+        message.step, message.passes, message.begun, message.pass_step, shares, message.agreements, message.since
+    )

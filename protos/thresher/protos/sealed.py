@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, final
 
+from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
 from thresher.protos.codec import decode, encode
 from thresher.protos.errors import ProtocolError
 from thresher.protos.layout import Slice
@@ -97,6 +98,7 @@ def _message(update: Update) -> pb.Update:
         arrived_steps=[step for _, step in update.arrivals],
         membership=None if update.membership is None else membership_to_message(update.membership),
         assigned_versions=update.assigned_versions,
+        bookmark=None if update.bookmark is None else bookmark_to_message(update.bookmark),
     )
 
 
@@ -130,6 +132,7 @@ def update_from_message(body: pb.Update, frame: bytes | bytearray, piece: Slice)
         membership=membership_from_message(body.membership) if body.HasField("membership") else None,
         assignments=payload if body.assigned_versions else None,
         assigned_versions=body.assigned_versions,
+        bookmark=bookmark_from_message(body.bookmark) if body.HasField("bookmark") else None,
     )
 
 

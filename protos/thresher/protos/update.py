@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.optimizers import Override
 from thresher.protos.sparse import SparseGradient
 
@@ -46,6 +47,7 @@ class Update:
         membership: Who belongs to the run from now on, where that has changed; with assignments always (first shard).
         assignments: New values of the shadow, for workers that copy it; ``mean`` stays at the shard then.
         assigned_versions: How many versions they span.
+        bookmark: Where the members' loops are after it; None where nobody has told (first shard).
     """
 
     version: int
@@ -63,6 +65,7 @@ class Update:
     membership: Membership | None = None
     assignments: SparseGradient | None = None
     assigned_versions: int = 0
+    bookmark: Bookmark | None = None
 
 
 def pack_presence(presence: Sequence[bool]) -> bytes:

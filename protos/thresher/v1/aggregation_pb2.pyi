@@ -355,7 +355,7 @@ global___Share = Share
 
 @typing.final
 class Bookmark(google.protobuf.message.Message):
-    """Where the members' loops are. Who joins without a memory goes on there."""
+    """Where the members' loops are. Who is elsewhere, or joins without a memory, goes on there."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -365,6 +365,7 @@ class Bookmark(google.protobuf.message.Message):
     PASS_STEP_FIELD_NUMBER: builtins.int
     SHARES_FIELD_NUMBER: builtins.int
     AGREEMENTS_FIELD_NUMBER: builtins.int
+    SINCE_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimizer steps made."""
     passes: builtins.int
@@ -375,6 +376,8 @@ class Bookmark(google.protobuf.message.Message):
     """The step at which the last of these began."""
     agreements: builtins.int
     """How many agreements the worker has asked for."""
+    since: builtins.int
+    """The step at which the data were dealt for this number of workers; 0 where they were from the beginning."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Share]:
         """What was taken of it: one entry for each number of workers it was dealt for, in turn."""
@@ -388,8 +391,9 @@ class Bookmark(google.protobuf.message.Message):
         pass_step: builtins.int = ...,
         shares: collections.abc.Iterable[global___Share] | None = ...,
         agreements: builtins.int = ...,
+        since: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "begun", b"begun", "pass_step", b"pass_step", "passes", b"passes", "shares", b"shares", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "begun", b"begun", "pass_step", b"pass_step", "passes", b"passes", "shares", b"shares", "since", b"since", "step", b"step"]) -> None: ...
 
 global___Bookmark = Bookmark
 
@@ -485,7 +489,6 @@ class RegisterResponse(google.protobuf.message.Message):
     AGREEMENTS_FIELD_NUMBER: builtins.int
     ROUND_TIMEOUT_FIELD_NUMBER: builtins.int
     LEASE_FIELD_NUMBER: builtins.int
-    BOOKMARK_FIELD_NUMBER: builtins.int
     run: builtins.int
     """Random number of the run; equal in everything this shard says during its life."""
     version: builtins.int
@@ -510,10 +513,6 @@ class RegisterResponse(google.protobuf.message.Message):
     def membership(self) -> global___Membership:
         """Who belongs to the run, as this shard knows it."""
 
-    @property
-    def bookmark(self) -> global___Bookmark:
-        """Where the members' loops are, at this version; from the first shard, where they have told."""
-
     def __init__(
         self,
         *,
@@ -528,10 +527,9 @@ class RegisterResponse(google.protobuf.message.Message):
         agreements: builtins.int = ...,
         round_timeout: builtins.float = ...,
         lease: builtins.float = ...,
-        bookmark: global___Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bookmark", b"bookmark", "membership", b"membership"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "bookmark", b"bookmark", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "lease", b"lease", "membership", b"membership", "round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["membership", b"membership"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agreements", b"agreements", "answer_timeout", b"answer_timeout", "in_open_round", b"in_open_round", "last_verdict", b"last_verdict", "lease", b"lease", "membership", b"membership", "round_timeout", b"round_timeout", "run", b"run", "seeded", b"seeded", "settled_steps", b"settled_steps", "version", b"version"]) -> None: ...
 
 global___RegisterResponse = RegisterResponse
 
@@ -571,6 +569,7 @@ class Refill(google.protobuf.message.Message):
     OVERRIDES_FIELD_NUMBER: builtins.int
     NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
     MEMBERSHIP_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     next_threshold: builtins.float
     """Threshold for the coming round; absent for methods without one."""
     @property
@@ -585,6 +584,10 @@ class Refill(google.protobuf.message.Message):
     def membership(self) -> global___Membership:
         """Who belongs to the run."""
 
+    @property
+    def bookmark(self) -> global___Bookmark:
+        """Where the members' loops are; for the first shard, where they have told."""
+
     def __init__(
         self,
         *,
@@ -592,9 +595,10 @@ class Refill(google.protobuf.message.Message):
         overrides: collections.abc.Iterable[global___Override] | None = ...,
         next_threshold: builtins.float | None = ...,
         membership: global___Membership | None = ...,
+        bookmark: global___Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold", "overrides", b"overrides"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "next_threshold", b"next_threshold", "overrides", b"overrides"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Refill = Refill
@@ -686,6 +690,7 @@ class SnapshotResponse(google.protobuf.message.Message):
     HISTORY_FIELD_NUMBER: builtins.int
     NEXT_THRESHOLD_FIELD_NUMBER: builtins.int
     MEMBERSHIP_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of updates this state contains; in every part."""
     total_bytes: builtins.int
@@ -710,6 +715,10 @@ class SnapshotResponse(google.protobuf.message.Message):
     def membership(self) -> global___Membership:
         """Who belongs to the run; in the first part only."""
 
+    @property
+    def bookmark(self) -> global___Bookmark:
+        """Where the members' loops are; in the first part only, from the first shard, where they have told."""
+
     def __init__(
         self,
         *,
@@ -721,9 +730,10 @@ class SnapshotResponse(google.protobuf.message.Message):
         history: global___History | None = ...,
         next_threshold: builtins.float | None = ...,
         membership: global___Membership | None = ...,
+        bookmark: global___Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "chunk", b"chunk", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer", "total_bytes", b"total_bytes", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "chunk", b"chunk", "history", b"history", "layout", b"layout", "membership", b"membership", "next_threshold", b"next_threshold", "optimizer", b"optimizer", "total_bytes", b"total_bytes", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___SnapshotResponse = SnapshotResponse
@@ -1094,6 +1104,7 @@ class Update(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     MEMBERSHIP_FIELD_NUMBER: builtins.int
     ASSIGNED_VERSIONS_FIELD_NUMBER: builtins.int
+    BOOKMARK_FIELD_NUMBER: builtins.int
     version: builtins.int
     """The version this update creates."""
     members: builtins.int
@@ -1134,6 +1145,10 @@ class Update(google.protobuf.message.Message):
     def membership(self) -> global___Membership:
         """Who belongs to the run from now on, where that has changed; with assignments of the first shard always."""
 
+    @property
+    def bookmark(self) -> global___Bookmark:
+        """Where the members' loops are after this round; from the first shard, where they have told."""
+
     def __init__(
         self,
         *,
@@ -1152,9 +1167,10 @@ class Update(google.protobuf.message.Message):
         digest: builtins.bytes = ...,
         membership: global___Membership | None = ...,
         assigned_versions: builtins.int = ...,
+        bookmark: global___Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "arrived", b"arrived", "arrived_steps", b"arrived_steps", "assigned_versions", b"assigned_versions", "contributors", b"contributors", "digest", b"digest", "members", b"members", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "push_bytes", b"push_bytes", "pushed_elements", b"pushed_elements", "skipped", b"skipped", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "arrived", b"arrived", "arrived_steps", b"arrived_steps", "assigned_versions", b"assigned_versions", "bookmark", b"bookmark", "contributors", b"contributors", "digest", b"digest", "members", b"members", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "push_bytes", b"push_bytes", "pushed_elements", b"pushed_elements", "skipped", b"skipped", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Update = Update

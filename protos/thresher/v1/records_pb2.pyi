@@ -186,7 +186,6 @@ class Closed(google.protobuf.message.Message):
     ROUND_SECONDS_FIELD_NUMBER: builtins.int
     READERS_FIELD_NUMBER: builtins.int
     DELIVERED_BYTES_FIELD_NUMBER: builtins.int
-    BOOKMARK_FIELD_NUMBER: builtins.int
     frame: builtins.bytes
     """The frame of the mean, empty when there is none."""
     threshold: builtins.float
@@ -211,10 +210,6 @@ class Closed(google.protobuf.message.Message):
     def delivered_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Bytes of exchange messages sent to each of them."""
 
-    @property
-    def bookmark(self) -> thresher.v1.aggregation_pb2.Bookmark:
-        """Where the members' loops are after it; absent where nobody has told."""
-
     def __init__(
         self,
         *,
@@ -226,10 +221,9 @@ class Closed(google.protobuf.message.Message):
         round_seconds: builtins.float = ...,
         readers: collections.abc.Iterable[builtins.int] | None = ...,
         delivered_bytes: collections.abc.Iterable[builtins.int] | None = ...,
-        bookmark: thresher.v1.aggregation_pb2.Bookmark | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "bookmark", b"bookmark", "threshold", b"threshold", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "bookmark", b"bookmark", "contributions", b"contributions", "delivered_bytes", b"delivered_bytes", "frame", b"frame", "readers", b"readers", "residual_squared", b"residual_squared", "round_seconds", b"round_seconds", "threshold", b"threshold", "update", b"update"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "contributions", b"contributions", "delivered_bytes", b"delivered_bytes", "frame", b"frame", "readers", b"readers", "residual_squared", b"residual_squared", "round_seconds", b"round_seconds", "threshold", b"threshold", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___Closed = Closed

@@ -21,6 +21,7 @@ def update_of(
     membership: Membership | None,
     *,
     overrides: tuple[Override, ...],
+    bookmark: Bookmark | None,
     consistency: Consistency,
     spec: OptimizerSpec,
 ) -> Update:
@@ -39,6 +40,7 @@ def update_of(
         threshold: In force so far; it stays where no push proposes another.
         membership: Who belongs to the run from now on, where that changes.
         overrides: Hyper-parameters in force so far; they stay where no push says what comes next.
+        bookmark: Where the members' loops were before the round.
         consistency: When rounds close, and how a push that is a round of its own counts.
         spec: The optimizer as it was registered.
     """
@@ -65,6 +67,7 @@ def update_of(
         pushed_elements=sum(gradient.count for _, gradient in heard),
         push_bytes=sum(push.wire_bytes for push in pushes),
         membership=membership,
+        bookmark=furthest((push.bookmark for push in pushes), bookmark),
     )
 
 
@@ -72,7 +75,6 @@ def closed_round(
     sealed: SealedUpdate,
     pushes: Sequence[Push],
     threshold: float | None,
-    bookmark: Bookmark | None,
     version: int,
     round_seconds: float,
 ) -> Closed:
@@ -82,7 +84,6 @@ def closed_round(
         sealed: Its update.
         pushes: In rank order.
         threshold: The one it was computed with.
-        bookmark: Where the members' loops were before it.
         version: The version before it.
         round_seconds: From the first push to the close.
     """
@@ -103,7 +104,6 @@ def closed_round(
         threshold=threshold,
         residual_squared=sum(push.residual_squared for push in pushes) / len(pushes),
         round_seconds=round_seconds,
-        bookmark=furthest((push.bookmark for push in pushes), bookmark),
     )
 
 

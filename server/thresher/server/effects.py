@@ -46,7 +46,6 @@ class Registered:
         verdict: What became of the last settled push.
         membership: Who belongs to the run.
         agreements: How many agreements there have been.
-        bookmark: Where the members' loops are; None where nobody has told.
         warning: For the operator.
     """
 
@@ -57,7 +56,6 @@ class Registered:
     verdict: Verdict
     membership: Membership
     agreements: int
-    bookmark: Bookmark | None = None
     warning: str = ""
 
 
@@ -90,7 +88,10 @@ class Judged:
 @final
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Answer to `events.ReadState`. ``optimizer`` has the hyper-parameters of the last update in it."""
+    """Answer to `events.ReadState`.
+
+    ``optimizer`` has the hyper-parameters of the last update in it, ``bookmark`` is where the members' loops are.
+    """
 
     history: History
     tensors: Mapping[str, Tensor]
@@ -98,6 +99,7 @@ class Snapshot:
     optimizer: OptimizerSpec
     threshold: float | None
     membership: Membership
+    bookmark: Bookmark | None = None
 
 
 @final

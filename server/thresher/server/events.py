@@ -65,7 +65,10 @@ class Seed:
 @final
 @dataclass(frozen=True, slots=True)
 class Refill:
-    """A worker's replica, for a shard that has lost what the worker was told. ``state`` is what `Replica` takes."""
+    """A worker's replica, for a shard that has lost what the worker was told.
+
+    ``state`` is what `Replica` takes, ``bookmark`` where the members' loops are (shard 0 only).
+    """
 
     worker: Worker
     history: History
@@ -74,6 +77,7 @@ class Refill:
     overrides: tuple[Override, ...]
     threshold: float | None
     membership: Membership
+    bookmark: Bookmark | None = None
 
 
 @final

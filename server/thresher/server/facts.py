@@ -7,7 +7,6 @@ from typing import Final, assert_never, final
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message
 from thresher.protos.errors import DataLossError, FrameError, ProtocolError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
@@ -71,7 +70,6 @@ class Closed:
         residual_squared: Mean over the pushes of the squared norm of what their workers keep.
         round_seconds: From the first push to the close.
         deliveries: To which rank it was sent at once, in how many bytes of exchange messages.
-        bookmark: Where the members' loops are after it; None where nobody has told.
     """
 
     sealed: SealedUpdate
@@ -80,7 +78,6 @@ class Closed:
     residual_squared: float
     round_seconds: float
     deliveries: tuple[tuple[int, int], ...] = ()
-    bookmark: Bookmark | None = None
 
 
 @final
@@ -238,7 +235,6 @@ def closed_to_message(closed: Closed) -> disk.Closed:
         round_seconds=closed.round_seconds,
         readers=[rank for rank, _ in closed.deliveries],
         delivered_bytes=[wire_bytes for _, wire_bytes in closed.deliveries],
-        bookmark=None if closed.bookmark is None else bookmark_to_message(closed.bookmark),
     )  # fmt: skip
 
 
@@ -256,7 +252,6 @@ def closed_from_message(message: disk.Closed, piece: Slice) -> Closed:
         residual_squared=message.residual_squared,
         round_seconds=message.round_seconds,
         deliveries=tuple(zip(message.readers, message.delivered_bytes, strict=True)),
-        bookmark=bookmark_from_message(message.bookmark) if message.HasField("bookmark") else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import final
 
 from thresher.protos.consistency import Consistency
@@ -42,17 +41,6 @@ class OpenRound:
     def hold(self, push: Push, now: float) -> None:
         """Take a push that came; `let_in` says when it takes part."""
         self._held[push.worker.rank] = push, now
-
-    def hear_again(self, push: Push) -> None:
-        """Take from a repeated push where its worker's loop is: that may be told otherwise by a later life."""
-        rank, bookmark = push.worker.rank, push.bookmark
-        if bookmark is None:
-            return
-        if rank in self._pushes:
-            self._pushes[rank] = replace(self._pushes[rank], bookmark=bookmark)
-        elif rank in self._held:
-            waiting, since = self._held[rank]
-            self._held[rank] = replace(waiting, bookmark=bookmark), since
 
     def let_in(self, consistency: Consistency, awaited: Collection[Member], now: float) -> None:
         """Move held pushes into the round: in sync all, in async one, in ssp one that is not too far ahead."""

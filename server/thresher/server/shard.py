@@ -184,7 +184,6 @@ class Shard:
             verdict=member.verdict,
             membership=state.members.membership,
             agreements=state.agreed,
-            bookmark=state.bookmark,
             warning=doubts(request, first, state.bookmark),
         )
         return [*written, answer]
@@ -245,8 +244,6 @@ class Shard:
         if refusal is not None:
             rejected = refusal.verdict is Verdict.REJECTED
             self._refused[Verdict.REJECTED if rejected else Verdict.DUPLICATE] += 1
-            if refusal.verdict is Verdict.DUPLICATE:
-                self._round.hear_again(push)
             again = self._feed.again(push) if refusal.verdict is Verdict.APPLIED else []
             return [*again, refusal]
         adopted = self._adopted(push.membership, now)
@@ -288,6 +285,7 @@ class Shard:
             state.threshold,
             self._announced(now),
             overrides=state.overrides,
+            bookmark=state.bookmark,
             consistency=state.consistency,
             spec=state.spec,
         )
@@ -296,7 +294,7 @@ class Shard:
             return self._fail(f"{what}, of workers {list(update.contributors)}; lower the learning rate or scale")
         told = sealed(update, state.digest)
         seconds = now - self._round.opened_at
-        closed = closed_round(told, pushes, state.threshold, state.bookmark, state.version, seconds)
+        closed = closed_round(told, pushes, state.threshold, state.version, seconds)
         try:
             state.fold(closed)
         except OptimizerError as error:

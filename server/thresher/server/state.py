@@ -182,7 +182,7 @@ class RunState:
         self.untrained = {**self.untrained, **refill.untrained}
         self.run, self.digest = history.run, history.digest
         self.overrides, self.threshold = refill.overrides, refill.threshold
-        self.newest = self.bookmark = None  # the next push tells where the loops are
+        self.newest, self.bookmark = None, refill.bookmark
         for member in self.members.counted:
             member.settle(history.version - 1, 0, Verdict.APPLIED)
 
@@ -207,7 +207,7 @@ class RunState:
             self.shadow.advance(self.replica.parameters, self.version)
         self.digest = update.digest
         self.overrides, self.threshold = update.overrides, update.next_threshold
-        self.bookmark = closed.bookmark
+        self.bookmark = update.bookmark
         for one in closed.contributions:
             self._count(one, only_mean=update.only_mean)
         self.deliver(closed)
@@ -273,6 +273,7 @@ class RunState:
             optimizer=OptimizerSpec(self.spec.name, tuple(groups)),
             threshold=self.threshold,
             membership=self.members.membership,
+            bookmark=self.bookmark,
         )
 
     @classmethod

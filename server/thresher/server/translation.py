@@ -79,7 +79,6 @@ def registered_to_message(answer: effects.Registered, config: ShardConfig) -> pb
         last_verdict=VERDICTS[answer.verdict],
         membership=membership_to_message(answer.membership),
         agreements=answer.agreements,
-        bookmark=None if answer.bookmark is None else bookmark_to_message(answer.bookmark),
     )
 
 
@@ -94,6 +93,7 @@ def refill_from_message(worker: Worker, refill: pb.Refill, data: bytes) -> event
         overrides=overrides_from_messages(refill.overrides),
         threshold=refill.next_threshold if refill.HasField("next_threshold") else None,
         membership=membership_from_message(refill.membership),
+        bookmark=bookmark_from_message(refill.bookmark) if refill.HasField("bookmark") else None,
     )
 
 
@@ -169,6 +169,8 @@ def snapshot_to_messages(snapshot: effects.Snapshot, data: bytes) -> Iterator[pb
             message.membership.CopyFrom(membership_to_message(snapshot.membership))
             if snapshot.threshold is not None:
                 message.next_threshold = snapshot.threshold
+            if snapshot.bookmark is not None:
+                message.bookmark.CopyFrom(bookmark_to_message(snapshot.bookmark))
         yield message
 
 
@@ -215,12 +217,10 @@ def _membership(push: pb.Push) -> Membership | None:
 def _content(push: pb.Push, frame: bytearray) -> int:
     """Identify what was pushed. The frame's header, which holds its CRC and counts, stands for the frame.
 
-    What the worker knew of the membership is not part of it: it may know more when it repeats the push. Nor is the
-    bookmark: a worker that was killed may have come back among others, for whom the data are dealt anew.
+    What the worker knew of the membership is not part of it: it may know more when it repeats the push.
     """
     said = pb.Push()
     said.CopyFrom(push)
     said.ClearField("membership")
-    said.ClearField("bookmark")
     content = said.SerializeToString(deterministic=True) + frame[:HEADER_BYTES]
     return int.from_bytes(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest(), "little")

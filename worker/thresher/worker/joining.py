@@ -11,6 +11,7 @@ from typing import final
 
 import torch
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import ConfigurationError, DataLossError, LayoutError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
@@ -46,6 +47,7 @@ class JoinedShard:
         epoch: Of the membership that the shard is known to know.
         overrides: Hyper-parameters in force that differ from the registered ones.
         threshold: Of the coming round; None for methods without one.
+        bookmark: Where the members' loops are; None where nobody has told, and for other than the first shard.
         repeats: Its newest update is in the follower already, and will come once more.
     """
 
@@ -56,6 +58,7 @@ class JoinedShard:
     epoch: int
     overrides: tuple[Override, ...]
     threshold: float | None
+    bookmark: Bookmark | None
     repeats: bool = False
 
 
@@ -103,8 +106,8 @@ def join(
             client.history.CopyFrom(snapshot.history)
             optimizer = placement.shard_optimizer
             follower, overrides = following(piece, optimizer, snapshot), optimizer.overrides(snapshot.optimizer.groups)
-            epoch, threshold = answer.membership.epoch, snapshot.threshold
-            joined.append(JoinedShard(client, piece, follower, answer, epoch, overrides, threshold))
+            epoch, threshold, place = answer.membership.epoch, snapshot.threshold, snapshot.bookmark
+            joined.append(JoinedShard(client, piece, follower, answer, epoch, overrides, threshold, place))
             _look_back(joined[-1], settings, is_back=run is not None)
         for shard in reversed(joined):  # the first shard decides who belongs to the run: by then all others know us
             shard.client.open(shard.slice, shard.client.history)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from thresher.protos.bookmark import bookmark_to_message
 from thresher.protos.errors import DataLossError, LostHistoryError
 from thresher.protos.messages import overrides_to_messages
 from thresher.protos.optimizers import OptimizerSpec
@@ -28,6 +29,7 @@ def catch_up(shard: JoinedShard, optimizer: OptimizerSpec) -> Snapshot:
     snapshot = client.calls.snapshot(client.longest_wait)
     shard.follower = following(shard.slice, optimizer, snapshot)
     shard.overrides, shard.threshold = optimizer.overrides(snapshot.optimizer.groups), snapshot.threshold
+    shard.bookmark = snapshot.bookmark
     shard.answer = client.reopen(snapshot.history)
     return snapshot
 
@@ -63,6 +65,7 @@ def refill(
         overrides=overrides_to_messages(shard.overrides),
         next_threshold=shard.threshold,
         membership=membership_to_message(membership),
+        bookmark=None if shard.bookmark is None else bookmark_to_message(shard.bookmark),
     )
     data = pack_state(follower.state(), untrained)
     while True:

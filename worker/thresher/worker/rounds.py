@@ -11,7 +11,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
-from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message
+from thresher.protos.bookmark import Bookmark, bookmark_to_message
 from thresher.protos.codec import decode, encode
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import BehindError, LostHistoryError, RoundFailedError
@@ -250,20 +250,9 @@ class Rounds:
             self.finish()
         elif self._consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
-
-    def bookmark(self) -> Bookmark | None:
-        """Return where the members' loops are, as the first shard knows it now; None where nobody has told.
-
-        In lockstep it waits for the next push of a member, so that is where all are.
-        """
-        first = self.shards[0]
-        answer = first.client.calls.register(first.client.registration)
-        return bookmark_from_message(answer.bookmark) if answer.HasField("bookmark") else None
-
-    def went_on_without(self, step: int) -> bool:
-        """True when the others have gone on without this worker, in lockstep, since it pushed ``step``."""
-        evicted = self.rank not in self.membership.ranks
-        return self._consistency.lockstep and (evicted or self.shards[0].follower.version > step + 1)
+        for shard in self.shards if self._consistency.lockstep else ():  # a round may have closed behind a snapshot
+            while shard.follower.version < self.number:
+                self._follow(shard)
 
     def _is_next(self, step: int) -> bool:
         """True when this worker is a member, and the first shard waits for this step of it.
@@ -357,6 +346,7 @@ class Rounds:
             if told.version > shard.follower.version:
                 shard.follower.apply(told)
                 shard.overrides, shard.threshold = told.overrides, told.next_threshold
+                shard.bookmark = told.bookmark
             if told.membership is not None and shard is self.shards[0]:
                 self._hear_of_members(told.membership, told.version)
         return told

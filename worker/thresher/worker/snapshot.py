@@ -6,6 +6,7 @@ from typing import Final, final
 
 from torch import Tensor
 
+from thresher.protos.bookmark import Bookmark, bookmark_from_message
 from thresher.protos.errors import FrameError
 from thresher.protos.layout import Layout
 from thresher.protos.messages import Payload, layout_from_message, optimizer_from_message
@@ -33,6 +34,7 @@ class Snapshot:
         shadow: The model as workers see it, where they copy assignments: [numel] float32.
         threshold: Of the coming round; None for methods without one.
         membership: Who belongs to the run.
+        bookmark: Where the members' loops are; None where nobody has told, and from other than the first shard.
     """
 
     history: pb.History
@@ -43,6 +45,7 @@ class Snapshot:
     shadow: Tensor | None
     threshold: float | None
     membership: Membership
+    bookmark: Bookmark | None
 
     @property
     def version(self) -> int:
@@ -82,5 +85,6 @@ def snapshot_from_parts(parts: Sequence[pb.SnapshotResponse], where: str) -> tup
         shadow=shadow,
         threshold=first.next_threshold if first.HasField("next_threshold") else None,
         membership=membership_from_message(first.membership),
+        bookmark=bookmark_from_message(first.bookmark) if first.HasField("bookmark") else None,
     )
     return snapshot, len(payload.data)
