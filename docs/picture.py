@@ -1,6 +1,7 @@
 """Draws docs/images/*.svg from real runs, as a terminal shows them.
 
 python docs/picture.py launch      # the live display in the middle of a run, and the table at its end
+python docs/picture.py top         # the same run as another terminal watches it
 python docs/picture.py ray-status  # four shards on three nodes of a Ray cluster, while two workers train
 """
 
@@ -20,6 +21,9 @@ from thresher.deploy.launch import launch
 from thresher.deploy.launch_config import LaunchConfig
 from thresher.deploy.results import results_table
 from thresher.deploy.stop_signals import StopSignals
+from thresher.deploy.top import Follower
+from thresher.deploy.watching import Watch
+from thresher.deploy.watching_places import Access, find
 from thresher.worker import Method
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +54,29 @@ def draw_launch() -> None:
     console.print()
     console.print(results_table(results))
     draw("launch", console, "thresher launch")
+
+
+def draw_top() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "runs" / "digits"
+        options = f"--shards 2 --workers 4 --density 0.01 --runs {run.parent} --name {run.name}".split()
+        command = [sys.executable, "-m", "thresher.deploy", "launch", *options, DIGITS, "--epochs", "30"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launched:
+            while not (run / "launch.json").exists():
+                time.sleep(0.1)
+            os.chdir(folder)
+            place = find(str(Path("runs", "digits")), Access())
+            with Watch(place, "the picture", 5.0) as watch:
+                follower, view = Follower(place, watch), None
+                while view is None or view.looks[0].statistics is None or view.looks[0].statistics.version < 240:
+                    time.sleep(0.5)
+                    view = follower.view(5.0)
+            console = screen()
+            console.print("$ thresher top\n")
+            console.print(view.drawing(console))
+            launched.wait()
+            os.chdir(ROOT)
+    draw("top", console, "thresher top")
 
 
 def draw_ray_status() -> None:
@@ -86,4 +113,4 @@ def draw_ray_status() -> None:
 
 
 if __name__ == "__main__":
-    {"launch": draw_launch, "ray-status": draw_ray_status}[sys.argv[1]]()
+    {"launch": draw_launch, "top": draw_top, "ray-status": draw_ray_status}[sys.argv[1]]()

@@ -1,24 +1,22 @@
 """``thresher ray``: start a run on a Ray cluster, look at it, end it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from thresher.deploy import options
 from thresher.deploy.exit_codes import errors_told
 from thresher.deploy.ray_cluster.requirement import check_ray
+from thresher.deploy.watching_columns import Row, fitting
 
 app = typer.Typer(no_args_is_help=True, help="Run the shards on a Ray cluster; workers find them as ray://NAME.")
 
 _PAUSE_SECONDS: Final = 3600.0
-_LEAST_COLUMNS: Final = 5  # up to the members; they fit into 80 characters
-_ENDLESS: Final = 10_000
 
 _Name = Annotated[str, typer.Argument(help="Name of the run.")]
 _Address = Annotated[
@@ -173,11 +171,7 @@ def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Any:  #
 
 def show(name: str, shards: "Sequence[ShardStatus]", console: Console) -> None:  # type: ignore[name-defined]  # noqa: F821
     """Print a row for each shard, then why some do not serve. Of a narrow screen the last columns are left out."""
-    rows = [_row(shard) for shard in shards]
-    endless = console.options.update(width=_ENDLESS)
-    tables = [_table(name, rows, columns) for columns in range(_LEAST_COLUMNS, len(rows[0]) + 1)]
-    fitting = [table for table in tables if console.measure(table, options=endless).maximum <= console.width]
-    console.print(fitting[-1] if fitting else tables[0])
+    console.print(fitting(name, [_row(shard) for shard in shards], console))
     for one in shards:
         if one.state != "SERVING":
             console.print(
@@ -185,7 +179,7 @@ def show(name: str, shards: "Sequence[ShardStatus]", console: Console) -> None: 
             )
 
 
-def _row(one: "ShardStatus") -> dict[str, str]:  # type: ignore[name-defined]  # noqa: F821
+def _row(one: "ShardStatus") -> Row:  # type: ignore[name-defined]  # noqa: F821
     """Return what a row shows under which heading, that which is needed most first."""
     known = one.address != ""
     age = "–" if one.last_iteration_age is None else f"{one.last_iteration_age:,.1f} s ago"
@@ -199,13 +193,3 @@ def _row(one: "ShardStatus") -> dict[str, str]:  # type: ignore[name-defined]  #
         "bytes up": f"{one.bytes_up:,}" if known else "–",
         "bytes down": f"{one.bytes_down:,}" if known else "–",
     }
-
-
-def _table(name: str, rows: Sequence[Mapping[str, str]], columns: int) -> Table:
-    table = Table(title=name, title_justify="left")
-    headings = list(rows[0])[:columns]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("state", "where") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[heading] for heading in headings))
-    return table
