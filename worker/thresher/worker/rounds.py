@@ -66,7 +66,7 @@ class Rounds:
     Attributes:
         number: How many rounds this worker has taken part in: what the protocol calls its step.
         membership: Who belongs to the run, as the first shard said last.
-        follows: This worker goes on without the state of its schedule: in lockstep the others say what is in force.
+        follows: This worker goes on without the state of its schedule: the others say what is in force.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Rounds:
                 overrides=overrides_to_messages(overrides),
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
-                follows=self.follows and self._consistency.lockstep,
+                follows=self.follows,
                 bookmark=None if bookmark is None or self._pending else bookmark_to_message(bookmark),
             )
             frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
