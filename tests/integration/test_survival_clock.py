@@ -21,6 +21,7 @@ from thresher.protos import faults
 # Who looks at the wall clock, and what for: nobody decides anything by it, but for the days a certificate is good for.
 MAY_LOOK = {
     "deploy.certificates": "how long a certificate is good for",
+    "deploy.ray_cluster.shard": "how long ago the last iteration was, for people",
     "server.iterations": "rows say when, for people",
     "server.metrics": "the time of the last iteration, which Prometheus holds against its own clock",
 }

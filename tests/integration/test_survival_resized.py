@@ -193,7 +193,8 @@ def test_a_run_that_goes_on_with_another_number_of_workers(first: str, others: s
             assert deaths.dead == set(range(workers))
         run(served, book.script, 3, NOBODY)
     rounds_made = book.check(tmp_path)
-    dealt = [closed.bookmark.workers for closed in rounds_made if closed.bookmark is not None]
+    places = [closed.sealed.update.bookmark for closed in rounds_made]
+    dealt = [place.workers for place in places if place is not None]
     assert len(dealt) == len(rounds_made)
     assert [workers for before, workers in zip([0, *dealt], dealt, strict=False) if before != workers] == [2, 4, 3]
     # What was dealt is the data, up to the rest that each change and each pass may leave.

@@ -1,45 +1,18 @@
-"""Bookmarks: they come back from the wire, and a place is one for all, whoever was a step ahead when it changed."""
+"""Bookmarks: the furthest place is one for all."""
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message, furthest
-from thresher.protos.errors import ProtocolError
-from thresher.v1 import aggregation_pb2 as pb
+from thresher.protos.bookmark import Bookmark, furthest
 
 counts = st.integers(0, 2**31)
 shares = st.lists(st.tuples(st.integers(1, 2**31), counts), min_size=1, max_size=4).map(tuple)
 bookmarks = st.builds(
-    lambda first, more, passes, begun, dealt, asked: Bookmark(first + more, passes, begun, first, dealt, asked),
-    counts, counts, counts, st.integers(1, 2**31), shares, counts,
+    lambda first, more, passes, begun, dealt, *rest: Bookmark(first + more, passes, begun, first, dealt, *rest),
+    counts, counts, counts, st.integers(1, 2**31), shares, counts, counts,
 )  # fmt: skip
-
-
-@given(bookmarks)
-def test_what_is_read_is_what_was_written(bookmark: Bookmark) -> None:
-    """Every field."""
-    assert bookmark_from_message(bookmark_to_message(bookmark)) == bookmark
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"begun": 0},
-        {"shares": []},
-        {"shares": [pb.Share(workers=0, taken=3)]},
-        {"pass_step": 8},
-    ],
-    ids=["no pass", "no shares", "shares of nobody", "a pass that begins later"],
-)
-def test_what_is_no_place_is_refused(wrong: dict[str, object]) -> None:
-    """Nobody could go on there."""
-    fields: dict[str, object] = {"step": 7, "begun": 1, "pass_step": 2, "shares": [pb.Share(workers=2, taken=3)]}
-    assert bookmark_from_message(pb.Bookmark(**fields)).step == 7  # type: ignore[arg-type] # of the right types
-    with pytest.raises(ProtocolError, match="a bookmark in pass"):
-        bookmark_from_message(pb.Bookmark(**fields | wrong))  # type: ignore[arg-type] # of the right types
 
 
 @given(bookmarks, st.integers(1, 9))
@@ -48,32 +21,8 @@ def test_a_pass_is_dealt_anew_once(bookmark: Bookmark, workers: int) -> None:
     anew = bookmark.dealt_for(workers)
     assert (anew.workers, anew.dealt_for(workers)) == (workers, anew)
     assert anew.shares[: len(bookmark.shares)] == bookmark.shares
-    assert replace(anew, shares=bookmark.shares) == bookmark
-
-
-@given(bookmarks, st.integers(1, 3), st.integers(1, 9))
-def test_a_step_on_its_way_counts_as_one_that_is_made_behind_the_change(
-    before: Bookmark, batches: int, workers: int
-) -> None:
-    """In whichever dealing its worker says where it is, it comes to the place of those who make it afterwards."""
-    (dealt_for, taken) = before.shares[-1]
-    on_its_way = replace(before, step=before.step + 1, shares=(*before.shares[:-1], (dealt_for, taken + batches)))
-    begin = before.dealt_for(workers)
-    *earlier, (_, already) = begin.shares
-    afterwards = replace(begin, step=begin.step + 1, shares=(*earlier, (workers, already + batches)))
-    assert on_its_way.redealt(before, workers) == afterwards
-    assert afterwards.redealt(before, workers) == afterwards
-
-
-def test_a_step_on_its_way_in_the_next_pass() -> None:
-    """That pass is dealt for the new number from its first batch on."""
-    before = Bookmark(8, 1, 1, 0, ((2, 8),))
-    assert Bookmark(9, 2, 1, 8, ((2, 1),)).redealt(before, 3) == Bookmark(9, 2, 1, 8, ((3, 1),))
-
-
-def test_without_a_place_before_it_a_step_counts_as_it_was_dealt() -> None:
-    """A shard that was refilled has not been told yet."""
-    assert Bookmark(9, 0, 1, 0, ((2, 9),)).redealt(None, 3) == Bookmark(9, 0, 1, 0, ((2, 9), (3, 0)))
+    assert replace(anew, shares=bookmark.shares, since=bookmark.since) == bookmark
+    assert anew.since == (bookmark.since if workers == bookmark.workers else bookmark.step)
 
 
 @given(st.lists(bookmarks | st.none(), max_size=4), bookmarks | st.none())
@@ -86,10 +35,22 @@ def test_nobody_calls_the_others_back(told: list[Bookmark | None], before: Bookm
     assert furthest([None], before) == before
 
 
-def test_of_two_the_one_that_knows_of_the_change_counts() -> None:
-    """The other one was sent by a life that was dealt to as before."""
-    before, old, new = (
+def test_of_two_that_are_equally_far_the_first_one_counts() -> None:
+    """So it does not matter who came first, however the pass was dealt."""
+    before, one, other = (
         Bookmark(step, 1, 1, 0, dealt) for step, dealt in [(4, ((2, 4),)), (5, ((2, 5),)), (5, ((3, 1),))]
     )
-    assert furthest([old, new, old], before) == new
-    assert furthest([new, old], before) == new
+    assert furthest([one, other], before) == one
+    assert furthest([None, other, one], before) == other
+    in_the_next_pass = Bookmark(5, 2, 1, 4, ((2, 1),))
+    assert furthest([one, in_the_next_pass], before) == in_the_next_pass
+
+
+def test_where_the_data_are_is_what_says_which_come_next() -> None:
+    """Whatever else the loops have counted; and of one dealing are those whose passes begin alike."""
+    place = Bookmark(5, 1, 1, 2, ((2, 3),), 4)
+    assert place.data == replace(place, passes=0, begun=3, agreements=9).data
+    others = [replace(place, **changed) for changed in ({"step": 6}, {"pass_step": 3}, {"shares": ((2, 2),)})]
+    assert all(other.data != place.data and other.dealing == place.dealing for other in others)
+    anew = place.dealt_for(3)
+    assert (anew.dealing, anew.dealt_for(2).dealing, anew.data == place.data) == ((5, 3), (5, 2), False)

@@ -7,13 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.codec import encode
 from thresher.protos.consistency import Consistency
-from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, OptimizerError
+from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, OptimizerError, ProtocolError
 from thresher.protos.layout import Layout, TensorSpec
 from thresher.protos.messages import (
     CHUNK_BYTES,
     Payload,
+    bookmark_from_message,
+    bookmark_to_message,
     chunks,
     consistency_from_message,
     consistency_to_message,
@@ -174,3 +177,35 @@ def test_every_frame_of_a_slice_is_within_its_bound(kept: set[int], data: st.Dat
     numbers = data.draw(st.lists(st.floats(width=32, allow_nan=False), min_size=len(kept), max_size=len(kept)))
     gradient = SparseGradient(torch.tensor(sorted(kept), dtype=torch.int64), torch.tensor(numbers), PIECE.numel)
     assert len(encode(gradient)) <= payload_bound(PIECE)
+
+
+counts = st.integers(0, 2**31)
+shares = st.lists(st.tuples(st.integers(1, 2**31), counts), min_size=1, max_size=4).map(tuple)
+bookmarks = st.builds(
+    lambda first, more, passes, begun, dealt, *rest: Bookmark(first + more, passes, begun, first, dealt, *rest),
+    counts, counts, counts, st.integers(1, 2**31), shares, counts, counts,
+)  # fmt: skip
+
+
+@given(bookmarks)
+def test_a_bookmark_comes_back_as_it_was(bookmark: Bookmark) -> None:
+    """Every field."""
+    assert bookmark_from_message(bookmark_to_message(bookmark)) == bookmark
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"begun": 0},
+        {"shares": []},
+        {"shares": [pb.Share(workers=0, taken=3)]},
+        {"pass_step": 8},
+    ],
+    ids=["no pass", "no shares", "shares of nobody", "a pass that begins later"],
+)
+def test_a_bookmark_that_is_no_place_is_refused(wrong: dict[str, object]) -> None:
+    """Nobody could go on there."""
+    fields: dict[str, object] = {"step": 7, "begun": 1, "pass_step": 2, "shares": [pb.Share(workers=2, taken=3)]}
+    assert bookmark_from_message(pb.Bookmark(**fields)).step == 7  # type: ignore[arg-type] # of the right types
+    with pytest.raises(ProtocolError, match="a bookmark in pass"):
+        bookmark_from_message(pb.Bookmark(**fields | wrong))  # type: ignore[arg-type] # of the right types

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.codec import encode
 from thresher.protos.errors import FrameError, ProtocolError
 from thresher.protos.layout import Layout, Slice, TensorSpec
@@ -59,6 +60,7 @@ def updates(draw: st.DrawFn, piece: Slice = PIECE) -> Update:
         push_bytes=draw(st.integers(0, 2**40)),
         arrivals=draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2**60)), max_size=4).map(tuple)),
         membership=draw(st.none() | memberships),
+        bookmark=draw(st.sampled_from([None, Bookmark(9, 0, 2, 3, ((2, 3), (4, 1)), 5, 8)])),
     )
 
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sealed import sealed
@@ -76,20 +75,11 @@ def test_who_follows_does_not_say_what_is_in_force() -> None:
     assert combined([replace(push(0, None), lost=True)], 1).overrides == IN_FORCE
 
 
-def test_a_round_says_where_the_loops_are() -> None:
-    """The furthest place that was told; where nobody tells, as with means, they are where they were."""
-    before, after = (Bookmark(step, 1, 1, 0, ((2, step),)) for step in (4, 5))
-    behind, told, silent = (replace(push(rank, ONES), bookmark=at) for rank, at in ((0, before), (1, after), (1, None)))
-    for pushes, expected in (([behind, told], after), ([silent], before)):
-        update = combined(pushes, 2)
-        assert closed_round(sealed(update, b""), pushes, None, before, 3, 0.0).bookmark == expected
-
-
 def test_a_row_sums_the_round() -> None:
     """Elements and bytes are sums, densities fractions of pushes times slice, the residual a mean."""
     pushes = [push(0, SparseGradient(torch.tensor([1]), torch.tensor([1.0]), 4)), push(1, ONES), push(2, None)]
     update = combined(pushes, 3, 0.5)
-    closed = closed_round(sealed(update, b""), pushes, threshold=0.25, bookmark=None, version=5, round_seconds=1.5)
+    closed = closed_round(sealed(update, b""), pushes, threshold=0.25, version=5, round_seconds=1.5)
     row = row_of(replace(closed, deliveries=((0, 30), (2, 12))), 1, 4, OptimizerSpec("SGD", ({"lr": 0.1},)))
     assert (row.shard, row.version, row.members, row.contributors, row.skipped) == (1, 4, 3, (0, 1), False)
     assert (row.pushed_elements, row.push_density, row.push_bytes) == (5, 5 / 12, 60)
@@ -141,7 +131,7 @@ def test_where_each_push_is_a_round_its_density_is_its_own() -> None:
     """One of four pushes every element: that is a density of 1, not of a quarter."""
     pushes = [push(0, ONES)]
     update = combined(pushes, 4, consistency=Consistency("async"))
-    closed = closed_round(sealed(update, b""), pushes, threshold=None, bookmark=None, version=3, round_seconds=0.0)
+    closed = closed_round(sealed(update, b""), pushes, threshold=None, version=3, round_seconds=0.0)
     assert row_of(closed, 0, 4, SGD).push_density == 1.0
 
 

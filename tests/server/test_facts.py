@@ -52,11 +52,11 @@ def closed_rounds(draw: st.DrawFn) -> Closed:
         next_threshold=draw(reals | st.none()),
         arrivals=((0, draw(numbers)), (3, 4)),
         membership=draw(memberships | st.none()),
+        bookmark=draw(st.sampled_from([None, Bookmark(9, 0, 2, 3, ((2, 3), (4, 1)), 5, 8)])),
     )
     contribution = Contribution(draw(ranks), draw(numbers), draw(numbers), 7, 4, draw(numbers), draw(st.booleans()))
-    place = draw(st.sampled_from([None, Bookmark(9, 0, 2, 3, ((2, 3), (4, 1)), 5)]))
     told = ((0, 40), (3, 40))
-    return Closed(sealed(update, b"before"), (contribution,), draw(reals | st.none()), 0.5, 1.5, told, place)
+    return Closed(sealed(update, b"before"), (contribution,), draw(reals | st.none()), 0.5, 1.5, told)
 
 
 records: st.SearchStrategy[Record] = st.one_of(

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.dialogues import ASYNC, LOCKSTEP, QUORUM, SSP, push
 
-from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.server.members import Member
 from thresher.server.open_round import OpenRound
@@ -49,21 +48,6 @@ def test_a_quorum_waits_for_its_grace(now: float, complete: bool) -> None:
     assert one.is_complete(QUORUM, EVERYBODY, now, 60.0) == complete
     one.clear()
     assert not one.waiting
-
-
-@pytest.mark.parametrize("let_in", [True, False], ids=["in the round", "held"])
-def test_a_repeated_push_tells_where_its_worker_is_now(let_in: bool) -> None:
-    """Its later life may be dealt to otherwise; one that does not say so changes nothing."""
-    one, place = OpenRound(), Bookmark(1, 0, 1, 0, ((3, 1),))
-    one.hold(push(0, 0, None), 1.0)
-    if let_in:
-        one.let_in(LOCKSTEP, EVERYBODY, 1.0)
-    one.hear_again(push(1, 0, bookmark=place))
-    assert one.waiting == {0: push(0, 0, None)}
-    one.hear_again(push(0, 0, None, bookmark=place))
-    one.hear_again(push(0, 0, 2.0))
-    assert one.waiting == {0: push(0, 0, None, bookmark=place)}
-    assert one.since() == 1.0
 
 
 def test_in_ssp_the_slowest_sets_the_pace() -> None:

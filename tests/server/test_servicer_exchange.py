@@ -254,7 +254,9 @@ def test_a_second_stream_of_a_worker_takes_over(caplog: pytest.LogCaptureFixture
         assert "another stream" in str(error)
         first.say(*push(0, GOOD))
         assert first.hear_update().version == again.hear_update().version == 1
-    assert not caplog.records  # the old stream's reader was still listening when it was ended: no fault of anybody
+    # The old stream's reader was still listening when it was ended: no fault of anybody. asyncio's own records are of
+    # other tests' loops, which gRPC's poller may still call when they are closed.
+    assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
 def test_the_reason_of_an_abort_reaches_the_others_however_long(served: Served) -> None:

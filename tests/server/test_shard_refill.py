@@ -78,21 +78,21 @@ def test_a_worker_refills_a_shard_that_has_lost_what_it_was_told(forgotten: str)
     assert history_of(journal.shard) == history_of(undisturbed)
 
 
-def test_a_refilled_shard_does_not_know_where_the_loops_are() -> None:
-    """What it has heard of that before is older than the replica; the next push tells."""
+def test_a_refilled_shard_knows_where_the_loops_are() -> None:
+    """As the worker has heard that: whoever comes without a memory goes on there."""
     told, shard = training(), training()
     places = [Bookmark(step, 1, 1, 0, ((2, step),)) for step in (1, 2, 3)]
     for one, steps in ((told, 2), (shard, 1)):
         for step in range(steps):
             for rank in (0, 1):
                 say(one, push(rank, step, bookmark=places[step]))
-    assert only(effects.Registered, say(shard, register(0))).bookmark == places[0]
-    say(shard, refill_of(told))
-    assert only(effects.Registered, say(shard, register(0))).bookmark is None
+    assert snapshot_of(shard).bookmark == places[0]
+    say(shard, refill_of(told, bookmark=places[1]))
+    assert snapshot_of(shard).bookmark == places[1]
     for rank in (0, 1):
         say(shard, hello(rank, history_of(told)))
         say(shard, push(rank, 2, bookmark=places[2]))
-    assert only(effects.Registered, say(shard, register(0))).bookmark == places[2]
+    assert snapshot_of(shard).bookmark == places[2]
 
 
 def test_a_refilled_shard_knows_its_history() -> None:

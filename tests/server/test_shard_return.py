@@ -10,8 +10,8 @@ from tests.server.dialogues import (
     only,
     part_of_two,
     push,
-    register,
     say,
+    snapshot_of,
     training,
 )
 
@@ -83,12 +83,11 @@ def test_a_push_for_a_mean_that_nobody_remembers_is_told_its_verdict() -> None:
     assert shard.statistics().verdicts == {"applied": 4, "duplicate": 2, "returned": 0, "rejected": 0}
 
 
-def test_a_push_that_is_said_again_may_tell_another_place() -> None:
-    """Its worker was killed, and the data are dealt for another number of workers now; it counts once."""
+def test_an_update_says_where_the_loops_are() -> None:
+    """The furthest place that was told; where nobody tells, as with means, they are where they were."""
     shard = training(2)
-    before, after = Bookmark(1, 1, 1, 0, ((2, 1),)), Bookmark(1, 1, 1, 0, ((3, 1),))
-    say(shard, push(0, 0, bookmark=before))
-    assert say(shard, push(0, 0, bookmark=after)) == [effects.Judged(0, Verdict.DUPLICATE)]
-    say(shard, push(1, 0))
-    assert only(effects.Registered, say(shard, register(0))).bookmark == after
-    assert shard.statistics().version == 1
+    first, second = (Bookmark(step, 1, 1, 0, ((2, step),)) for step in (1, 2))
+    for step, told, expected in ((0, (None, first), first), (1, (second, first), second), (2, (None, None), second)):
+        say(shard, push(0, step, bookmark=told[0]))
+        update = only(effects.Publish, say(shard, push(1, step, bookmark=told[1]))).sealed.update
+        assert update.bookmark == snapshot_of(shard).bookmark == expected

@@ -31,11 +31,10 @@ def seeded(consistency: Consistency = Consistency()) -> RunState:  # noqa: B008 
 
 
 def closed(version: int, step: int = 0, membership: Membership | None = None, digest: bytes = b"") -> Closed:
-    mean = SparseGradient.dense(torch.ones(4))
-    update = Update(version, 2, (0,), mean, (True, True), arrivals=((0, step),), membership=membership)
+    mean, place = SparseGradient.dense(torch.ones(4)), Bookmark(version, 1, 1, 0, ((2, version),))
+    update = Update(version, 2, (0,), mean, (True, True), arrivals=((0, step),), membership=membership, bookmark=place)
     one = Contribution(0, step, 55, 100, 4, 0, heard=True)
-    place = Bookmark(version, 1, 1, 0, ((2, version),))
-    return Closed(sealed(update, digest), (one,), 0.25, 1.0, 0.5, ((0, 40),), place)
+    return Closed(sealed(update, digest), (one,), 0.25, 1.0, 0.5, ((0, 40),))
 
 
 def test_nothing_is_known_before_the_first_registration() -> None:

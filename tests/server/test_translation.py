@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.server.conversing import LAYOUT, SGD, frame_of, register, zeros
 
-from thresher.protos.bookmark import Bookmark, bookmark_to_message
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import ConfigurationError, FrameError, LayoutError, ProtocolError, RegistrationError
+from thresher.protos.messages import bookmark_to_message
 from thresher.protos.optimizers import Override
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.snapshots import pack_state, unpack_state
@@ -81,12 +82,12 @@ def test_what_is_kept_of_a_worker_for_people_is_bounded(name: str) -> None:
 
 def test_the_answer_to_a_registration_is_written_whole() -> None:
     """Where the shard is, what became of the rank's pushes, and how long an answer may take."""
-    answer = effects.Registered(HISTORY, True, 4, True, Verdict.RETURNED, Membership(2, (0, 3)), 6, PLACE)
+    answer = effects.Registered(HISTORY, True, 4, True, Verdict.RETURNED, Membership(2, (0, 3)), 6)
     config = ShardConfig(0, 1, 2, start_timeout=100.0, round_timeout=50.0, lease=20.0)
     assert registered_to_message(answer, config) == pb.RegisterResponse(
         run=5, version=7, seeded=True, answer_timeout=170.0, settled_steps=4, in_open_round=True,
         last_verdict=pb.VERDICT_RETURNED, membership=pb.Membership(epoch=2, ranks=[0, 3]), agreements=6,
-        round_timeout=50.0, lease=20.0, bookmark=bookmark_to_message(PLACE),
+        round_timeout=50.0, lease=20.0,
     )  # fmt: skip
 
 
@@ -136,19 +137,17 @@ def test_a_push_of_something_else_is_refused(fields: dict[str, object]) -> None:
 CHANGES: list[dict[str, object]] = [
     {"step": 5}, {"version": 3}, {"skipped": True}, {"presence": b"\x01"}, {"residual_squared": 2.0},
     {"next_threshold": 0.0}, {"only_mean": True}, {"lost": True},
-    {"overrides": [pb.Override(name="lr", value=pb.Value(number=1.0))]},
+    {"overrides": [pb.Override(name="lr", value=pb.Value(number=1.0))]}, {"bookmark": bookmark_to_message(PLACE)},
 ]  # fmt: skip
 
 
 def test_every_change_of_a_push_changes_what_identifies_it() -> None:
-    """Equal for a repetition, also by one who knows another membership or place since; different for anything else."""
+    """Equal for a repetition, also by one who knows another membership since; different for anything else."""
     same = pb.Push(step=4, version=4)
     content = read(same, frame_of(1.0)).content
     assert read(same, frame_of(1.0)).content == content
     knowing = pb.Push(step=4, version=4, membership=pb.Membership(epoch=9, ranks=[0, 1]))
     assert read(knowing, frame_of(1.0)).content == content
-    elsewhere = pb.Push(step=4, version=4, bookmark=bookmark_to_message(PLACE))
-    assert read(elsewhere, frame_of(1.0)).content == content
     others = [read(pb.Push(**{"step": 4, "version": 4} | change), frame_of(1.0)).content for change in CHANGES]  # type: ignore[arg-type] # of the right types
     assert len({content, *others, read(same, frame_of(2.0)).content, read(same).content}) == len(CHANGES) + 3
     assert all(0 < one < 2**64 for one in others)
@@ -171,13 +170,15 @@ def test_a_refill_is_read_whole() -> None:
     message = pb.Refill(
         history=pb.History(run=5, version=7, digest=b"digest"), next_threshold=0.5,
         overrides=[pb.Override(name="lr", value=pb.Value(number=1.0))], membership=pb.Membership(epoch=1, ranks=[3]),
+        bookmark=bookmark_to_message(PLACE),
     )  # fmt: skip
     event = refill_from_message(ME, message, zeros())
-    assert (event.worker, event.history, event.threshold) == (ME, HISTORY, 0.5)
+    assert (event.worker, event.history, event.threshold, event.bookmark) == (ME, HISTORY, 0.5, PLACE)
     assert (event.overrides, event.membership) == ((Override(0, "lr", 1.0),), Membership(1, (3,)))
     assert event.state[PARAMETERS].tolist() == [0.0] * 4
     assert event.untrained["bn.mean"].tolist() == [1.0, 1.0]
-    assert refill_from_message(ME, pb.Refill(), zeros()).threshold is None
+    plain = refill_from_message(ME, pb.Refill(), zeros())
+    assert (plain.threshold, plain.bookmark) == (None, None)
     with pytest.raises(FrameError, match="not a safetensors file"):
         refill_from_message(ME, message, b"noise")
 
@@ -206,13 +207,14 @@ def test_an_agreement_is_written_whole() -> None:
 def test_a_snapshot_says_in_its_first_part_what_it_is(threshold: float | None) -> None:
     """The parts together are the file; layout, optimizer, history and membership come once."""
     data = pack_state({PARAMETERS: torch.arange(600_000.0)}, {})
-    snapshot = effects.Snapshot(HISTORY, {}, LAYOUT, SGD, threshold, Membership(2, (0, 3)))
+    snapshot = effects.Snapshot(HISTORY, {}, LAYOUT, SGD, threshold, Membership(2, (0, 3)), PLACE)
     parts = list(snapshot_to_messages(snapshot, data))
     assert [part.HasField("layout") for part in parts] == [True, False, False]
     assert {(part.version, part.total_bytes) for part in parts} == {(7, len(data))}
     assert torch.equal(unpack_state(b"".join(part.chunk for part in parts))[0][PARAMETERS], torch.arange(600_000.0))
     assert history_from_message(parts[0].history) == HISTORY
     assert parts[0].membership == pb.Membership(epoch=2, ranks=[0, 3])
+    assert parts[0].bookmark == bookmark_to_message(PLACE)
     assert parts[0].HasField("next_threshold") == (threshold is not None)
     assert parts[0].next_threshold == (threshold or 0.0)
 

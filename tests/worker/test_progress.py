@@ -38,7 +38,7 @@ def in_step(progress: Progress, batches: int = 1) -> Bookmark | None:
     """A step over so many batches, and what is told of it."""
     for _ in range(batches):
         progress.begin_batch()
-    told = progress.bookmark()
+    told = progress.bookmark
     progress.end_step()
     return told
 
@@ -46,7 +46,7 @@ def in_step(progress: Progress, batches: int = 1) -> Bookmark | None:
 def test_a_bookmark_tells_where_the_loop_is_behind_the_step() -> None:
     """Its numbered pass, which pass over data in it, from which step, and the batches of all those dealt for."""
     progress = Progress(3)
-    assert progress.bookmark() is None, "a loop that does not take its batches here"
+    assert progress.bookmark is None, "a loop that does not take its batches here"
     next(progress.passes(2))
     assert progress.begin_pass()
     assert in_step(progress) == Bookmark(1, 1, 1, 0, ((3, 1),))
@@ -57,44 +57,85 @@ def test_a_bookmark_tells_where_the_loop_is_behind_the_step() -> None:
     assert in_step(progress) == Bookmark(3, 1, 2, 2, ((3, 1),), 1)
 
 
-@pytest.mark.parametrize("workers", [3, 2])
-def test_who_joins_goes_on_at_a_bookmark(workers: int) -> None:
-    """In its pass, behind passes over data that are over, and with its agreements; dealt anew for another number."""
-    progress = Progress(workers)
-    progress.join(Bookmark(7, 2, 2, 5, ((3, 2),), 4), None, "")
+def test_who_joins_goes_on_at_a_bookmark() -> None:
+    """In its pass, behind passes over data that are over, and with its agreements."""
+    progress = Progress(2)
+    progress.join(Bookmark(7, 2, 2, 5, ((3, 2), (2, 0)), 4, 7), None, "")
+    assert progress.on_its_way
+    assert progress.next_agreement() == 0, "what is asked in front of it, others have asked"
+    progress.agreed({"in front": 1.0})
     again = progress.passes(3)
     assert next(again) == 1
-    assert progress.next_agreement() == 4
     assert not progress.begin_pass()
     assert progress.begin_pass()
+    assert (progress.next_agreement(), progress.on_its_way) == (4, False)
     assert (progress.step, progress.pass_step, progress.fetched, progress.resumed) == (7, 5, 2, True)
-    shares = ((3, 3),) if workers == 3 else ((3, 2), (2, 1))
-    assert in_step(progress) == Bookmark(8, 2, 2, 5, shares, 4)
+    assert in_step(progress) == Bookmark(8, 2, 2, 5, ((3, 2), (2, 1)), 4, 7)
+    kept = progress.state()
     progress.end_pass()
     assert list(again) == [2]
+    second = Progress(2)
+    second.load(kept)
+    assert second.repeated() == {"in front": 1.0}
+    assert next(second.passes(3)) == 1
+    assert not second.begin_pass()
+    assert second.begin_pass()
+    assert second.place == Bookmark(8, 2, 2, 5, ((3, 2), (2, 1)), 4, 7)
 
 
-def test_the_rest_is_dealt_anew_behind_the_iteration_that_is_made_again() -> None:
-    """That one has its own batch once more; what is kept then says how the pass was dealt."""
-    first = Progress(2)
+def test_the_rest_of_a_pass_is_dealt_anew() -> None:
+    """Behind the step in which that is heard; what is kept then says how the pass was dealt."""
+    first = Progress(4)
     assert first.begin_pass()
+    in_step(first)
+    in_step(first)
+    place = Bookmark(2, 0, 1, 0, ((2, 2), (4, 0)), 0, 2)
+    first.go_to(place)
+    assert (first.place, first.inside, first.moves, first.resumed) == (place, True, 1, False)
     in_step(first)
     first.begin_batch()
     second = Progress(4)
     second.load(first.state())
-    second.deal_anew(Bookmark(2, 0, 1, 0, ((2, 2), (4, 0))))
-    assert second.begin_pass()
-    assert (second.dealt_for, second.taken, second.earlier) == (2, 1, ())
-    in_step(second)
-    assert (second.dealt_for, second.taken, second.earlier) == (4, 0, ((2, 2),))
-    in_step(second)
-    second.begin_batch()
-    third = Progress(4)
-    third.load(second.state())
-    assert (third.dealt_for, third.taken, third.earlier) == (4, 1, ((2, 2),))
-    second.end_pass()
-    assert second.begin_pass()
-    assert (second.dealt_for, second.taken, second.earlier) == (4, 0, ())
+    assert second.place == Bookmark(3, 0, 1, 0, ((2, 2), (4, 1)), 0, 2)
+    first.end_pass()
+    assert first.begin_pass()
+    assert (first.dealt_for, first.taken, first.earlier) == (4, 0, ())
+
+
+def test_the_place_is_in_another_numbered_pass() -> None:
+    """This one ends, with what is behind its data; that one goes on behind those of its data that are over."""
+    progress = Progress(2)
+    numbers = progress.passes(5)
+    for _ in range(2):
+        assert next(numbers) in (0, 1)
+        assert progress.begin_pass()
+        in_step(progress)
+        if progress.step < 2:
+            progress.end_pass()
+            progress.agreed({"behind": 0.0})
+    progress.go_to(Bookmark(9, 4, 2, 8, ((2, 1),), 7))
+    assert not progress.inside
+    progress.end_pass()
+    assert not progress.begin_pass(), "others of this numbered pass"
+    assert progress.next_agreement() == 1
+    progress.agreed({"behind": 1.0})
+    assert next(numbers) == 3
+    assert not progress.begin_pass()
+    assert progress.begin_pass()
+    assert (progress.place, progress.next_agreement()) == (Bookmark(9, 4, 2, 8, ((2, 1),), 7), 7)
+    progress.end_pass()
+    assert list(numbers) == [4]
+
+
+def test_the_place_is_in_another_pass_that_is_not_numbered() -> None:
+    """Those between are skipped."""
+    progress = Progress(2)
+    assert progress.begin_pass()
+    in_step(progress)
+    progress.go_to(Bookmark(9, 0, 3, 8, ((2, 1),)))
+    progress.end_pass()
+    assert [progress.begin_pass() for _ in range(2)] == [False, True]
+    assert progress.place == Bookmark(9, 0, 3, 8, ((2, 1),))
 
 
 def test_what_cannot_be_given_back_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,6 +152,13 @@ def test_what_cannot_be_given_back_is_named(caplog: pytest.LogCaptureFixture) ->
     assert progress.begin_pass()
     progress.begin_batch()
     assert optimizer.param_groups[0]["lr"] == 0.125
+    progress.join(Bookmark(9, 0, 1, 0, ((1, 9),)), [{"lr": 0.25}], "%s is another step's")
+    assert "scheduler is another step's" in caplog.text
+    progress.begin_batch()
+    assert optimizer.param_groups[0]["lr"] == 0.125, "in the middle of a step"
+    progress.end_step()
+    progress.begin_batch()
+    assert optimizer.param_groups[0]["lr"] == 0.25
 
 
 def test_agreements_are_repeated_where_they_were_made() -> None:

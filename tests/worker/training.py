@@ -71,6 +71,7 @@ class Cluster:
         loop: Where they live.
         folder: Of their states and the workers'; None keeps everything in memory.
         settings: Of the workers; addresses are filled in.
+        told: How many workers the shards are told of; 0 for none, which learn it from them.
         options: Further fields of `ShardConfig`.
     """
 
@@ -80,9 +81,10 @@ class Cluster:
         shards: int,
         folder: Path | None,
         settings: Settings,
+        told: int,
         options: dict[str, Any],
     ) -> None:
-        self._loop, self._folder, self._options = loop, folder, options
+        self._loop, self._folder, self._told, self._options = loop, folder, told, options
         self._servers: list[ShardServer | None] = [None] * shards
         self._listen = ["127.0.0.1:0"] * shards
         self.settings = settings
@@ -92,7 +94,7 @@ class Cluster:
 
     def start(self, shard: int) -> None:
         """Start a shard that is not running, where it was before."""
-        config = ShardConfig(shard, len(self._servers), self.settings.workers, **self._options)
+        config = ShardConfig(shard, len(self._servers), self._told, **self._options)
         state_dir = self._folder / f"shard-{shard}" if self._folder is not None else None
         server = ShardServer(ServerConfig(config, listen=self._listen[shard], state_dir=state_dir))
         asyncio.run_coroutine_threadsafe(server.start(), self._loop).result()
@@ -143,9 +145,10 @@ def cluster(
     method: Method = EVERYTHING,
     consistency: Consistency | None = None,
     worker_memory: bool = False,
+    told: int | None = None,
     **options: Any,
 ) -> Iterator[Cluster]:
-    """Serve until the block ends."""
+    """Serve until the block ends; the shards are told of ``workers``, or of ``told``."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="shards", daemon=True)
     thread.start()
@@ -160,7 +163,7 @@ def cluster(
     )
     found: Cluster | None = None
     try:
-        found = Cluster(loop, shards, folder, settings, options)
+        found = Cluster(loop, shards, folder, settings, workers if told is None else told, options)
         yield found
     finally:
         for shard in range(shards if found is not None else 0):

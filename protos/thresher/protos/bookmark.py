@@ -4,9 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import final
 
-from thresher.protos.errors import ProtocolError
-from thresher.v1 import aggregation_pb2 as pb
-
 Share = tuple[int, int]
 """Among how many workers a pass is dealt, and how many batches each of them has taken."""
 
@@ -65,28 +62,3 @@ def furthest(told: Iterable[Bookmark | None], before: Bookmark | None) -> Bookma
     """
     places = [place for place in (before, *told) if place is not None]
     return max(places, key=lambda place: (place.step, place.passes, place.begun), default=None)
-
-
-def bookmark_to_message(bookmark: Bookmark) -> pb.Bookmark:
-    """Write a bookmark."""
-    return pb.Bookmark(
-        step=bookmark.step,
-        passes=bookmark.passes,
-        begun=bookmark.begun,
-        pass_step=bookmark.pass_step,
-        shares=[pb.Share(workers=workers, taken=taken) for workers, taken in bookmark.shares],
-        agreements=bookmark.agreements,
-        since=bookmark.since,
-    )
-
-
-def bookmark_from_message(message: pb.Bookmark) -> Bookmark:
-    """Read a bookmark. Raises ProtocolError when it is no place in a pass over data."""
-    shares = tuple((share.workers, share.taken) for share in message.shares)
-    if not message.begun or not shares or not all(workers for workers, _ in shares) or message.pass_step > message.step:
-        raise ProtocolError(
-            f"a bookmark in pass {message.begun} from step {message.pass_step} of {list(shares)} is told"
-        )
-    return Bookmark(
-        message.step, message.passes, message.begun, message.pass_step, shares, message.agreements, message.since
-    )

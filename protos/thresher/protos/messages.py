@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, cast, final
 
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.codec import frame_bytes_bound
 from thresher.protos.consistency import Consistency, Downlink, Mode
-from thresher.protos.errors import FrameError, LayoutError, OptimizerError
+from thresher.protos.errors import FrameError, LayoutError, OptimizerError, ProtocolError
 from thresher.protos.layout import Layout, Slice, TensorSpec
 from thresher.protos.optimizers import Hyperparameter, OptimizerSpec, Override
 from thresher.v1 import aggregation_pb2 as pb
@@ -99,6 +100,31 @@ def overrides_to_messages(overrides: Sequence[Override]) -> list[pb.Override]:
 def overrides_from_messages(messages: Iterable[pb.Override]) -> tuple[Override, ...]:
     """Read hyper-parameters that differ from the registered ones."""
     return tuple(Override(m.group, m.name, _value_from_message(m.value)) for m in messages)
+
+
+def bookmark_to_message(bookmark: Bookmark) -> pb.Bookmark:
+    """Write a bookmark."""
+    return pb.Bookmark(
+        step=bookmark.step,
+        passes=bookmark.passes,
+        begun=bookmark.begun,
+        pass_step=bookmark.pass_step,
+        shares=[pb.Share(workers=workers, taken=taken) for workers, taken in bookmark.shares],
+        agreements=bookmark.agreements,
+        since=bookmark.since,
+    )
+
+
+def bookmark_from_message(message: pb.Bookmark) -> Bookmark:
+    """Read a bookmark. Raises ProtocolError when it is no place in a pass over data."""
+    shares = tuple((share.workers, share.taken) for share in message.shares)
+    if not message.begun or not shares or not all(workers for workers, _ in shares) or message.pass_step > message.step:
+        raise ProtocolError(
+            f"a bookmark in pass {message.begun} from step {message.pass_step} of {list(shares)} is told"
+        )
+    return Bookmark(
+        message.step, message.passes, message.begun, message.pass_step, shares, message.agreements, message.since
+    )
 
 
 def _value_to_message(value: Hyperparameter) -> pb.Value:

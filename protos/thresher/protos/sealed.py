@@ -6,11 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, final
 
-from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
 from thresher.protos.codec import decode, encode
 from thresher.protos.errors import ProtocolError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import chunks, overrides_from_messages, overrides_to_messages
+from thresher.protos.messages import (
+    bookmark_from_message,
+    bookmark_to_message,
+    chunks,
+    overrides_from_messages,
+    overrides_to_messages,
+)
 from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Membership, Update, pack_presence, unpack_presence
 from thresher.v1 import aggregation_pb2 as pb

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from thresher.protos.bookmark import Bookmark, furthest
 from thresher.protos.consistency import Consistency
 from thresher.protos.mean import mean_of
 from thresher.protos.optimizers import OptimizerSpec, Override
@@ -21,7 +20,6 @@ def update_of(
     membership: Membership | None,
     *,
     overrides: tuple[Override, ...],
-    bookmark: Bookmark | None,
     consistency: Consistency,
     spec: OptimizerSpec,
 ) -> Update:
@@ -40,7 +38,6 @@ def update_of(
         threshold: In force so far; it stays where no push proposes another.
         membership: Who belongs to the run from now on, where that changes.
         overrides: Hyper-parameters in force so far; they stay where no push says what comes next.
-        bookmark: Where the members' loops were before the round.
         consistency: When rounds close, and how a push that is a round of its own counts.
         spec: The optimizer as it was registered.
     """
@@ -67,7 +64,6 @@ def update_of(
         pushed_elements=sum(gradient.count for _, gradient in heard),
         push_bytes=sum(push.wire_bytes for push in pushes),
         membership=membership,
-        bookmark=furthest((push.bookmark for push in pushes), bookmark),
     )
 
 

@@ -55,6 +55,11 @@ class OpenAgreement:
                 )
         self._said[asked.worker.rank] = asked
 
+    @property
+    def asking(self) -> tuple[int, ...]:
+        """The ranks of those who wait for the others to speak."""
+        return tuple(sorted(self._said))
+
     def asks(self, rank: int) -> bool:
         """Return True for a member that waits for the others to speak: it cannot push meanwhile."""
         return rank in self._said

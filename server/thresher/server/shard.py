@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from typing import assert_never, final
 
+from thresher.protos.bookmark import furthest
 from thresher.protos.errors import OptimizerError, ProtocolError, RoundFailedError
 from thresher.protos.sealed import sealed
 from thresher.protos.update import Membership
@@ -285,14 +286,14 @@ class Shard:
             state.threshold,
             self._announced(now),
             overrides=state.overrides,
-            bookmark=state.bookmark,
             consistency=state.consistency,
             spec=state.spec,
         )
         if update.mean is not None and not bool(update.mean.values.isfinite().all()):
             what = f"the mean of round {state.version} overflows float32 on {self}"
             return self._fail(f"{what}, of workers {list(update.contributors)}; lower the learning rate or scale")
-        told = sealed(update, state.digest)
+        place = furthest((push.bookmark for push in pushes), state.bookmark)
+        told = sealed(replace(update, bookmark=place), state.digest)
         seconds = now - self._round.opened_at
         closed = closed_round(told, pushes, state.threshold, state.version, seconds)
         try:
@@ -334,8 +335,9 @@ class Shard:
 
     def _agree_if_complete(self, now: float) -> list[Effect]:
         awaited = tuple(member.rank for member in self._state.members.awaited(now, self._config.lease))
+        asking = self._agreement.asking  # among them who is not let in yet
         found = self._agreement.conclude(awaited, self._state.agreed, now)
-        return [] if found is None else [self._fold(found), effects.Tell(found, awaited)]
+        return [] if found is None else [self._fold(found), effects.Tell(found, asking)]
 
     def _leave(self, leave: events.Leave, now: float) -> list[Effect]:
         state = self._state

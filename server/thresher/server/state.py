@@ -10,11 +10,16 @@ from typing import Final, Self, assert_never, final
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from thresher.protos.bookmark import Bookmark, bookmark_from_message, bookmark_to_message
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import DataLossError, ProtocolError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import overrides_from_messages, overrides_to_messages
+from thresher.protos.messages import (
+    bookmark_from_message,
+    bookmark_to_message,
+    overrides_from_messages,
+    overrides_to_messages,
+)
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.replica import Replica
 from thresher.protos.sealed import membership_from_message, membership_to_message

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import Final
 
-from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
 from thresher.protos.codec import HEADER_BYTES
 from thresher.protos.errors import LayoutError, ProtocolError, RegistrationError
 from thresher.protos.layout import Slice
 from thresher.protos.messages import (
+    bookmark_from_message,
+    bookmark_to_message,
     chunks,
     consistency_from_message,
     layout_from_message,

@@ -123,7 +123,7 @@ def _left(order: list[Any], earlier: Sequence[Share], size: int, *, drop_last: b
 
 
 def keyed_batches(loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int) -> Iterator[Any]:
-    """Yield one pass over rank's share, or the rest of the one in which this worker was killed.
+    """Yield one pass over rank's share, or the rest of the one in which this worker was killed, as far as it stays.
 
     The global generators are seeded anew for each batch, before it is fetched, in whichever process that is, and before
     it is yielded.
@@ -147,10 +147,10 @@ def keyed_batches(loader: "DataLoader[Any]", progress: Progress, *, seed: int, r
 
 def _rest_of_pass(loader: "DataLoader[Any]", progress: Progress, *, seed: int, rank: int) -> Iterator[Any]:
     shared: Iterator[Any] = iter(())
-    dealt: object = None
-    while True:
-        if dealt != (progress.earlier, progress.dealt_for):  # at first, and where the rest is dealt anew
-            dealt = (progress.earlier, progress.dealt_for)
+    dealt: int | None = None
+    while progress.inside:  # this worker may go to a place in another pass
+        if dealt != progress.moves:
+            dealt = progress.moves
             shared = share(
                 loader,
                 seed=seed,

@@ -58,7 +58,7 @@ class JoinedShard:
     epoch: int
     overrides: tuple[Override, ...]
     threshold: float | None
-    bookmark: Bookmark | None
+    bookmark: Bookmark | None = None
     repeats: bool = False
 
 

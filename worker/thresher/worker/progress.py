@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol, final, runtime_checkable
 
 import torch
@@ -59,8 +60,8 @@ class Progress:
     and the same randomness, so that the user's code behind ``optimizer.step()`` runs once. Hence everything here is
     kept as it was when that iteration began.
 
-    A worker without a memory goes on at a `Bookmark` of the others. Where the number of workers changes in the middle
-    of a pass, what is left of it is dealt anew: all workers begin with that at the same place.
+    A worker whose loop is not where those of the others are goes to their `Bookmark`: before its first pass, or in the
+    middle of one. Where the number of workers changes in the middle of a pass, what is left of it is dealt anew.
 
     Args:
         workers: Among how many workers the data are dealt.
@@ -72,6 +73,8 @@ class Progress:
         taken: Batches taken in this pass, since it is dealt for as many workers as now.
         dealt_for: How many that are.
         earlier: What was taken of this pass before, when it was dealt for other numbers of workers.
+        inside: A pass over the data has begun and is not over.
+        moves: How often this worker went to another place; what is loaded beforehand is of no use then.
         schedule: Of the optimizer, once there is one; given back together with what the user keeps.
         resumed: This worker was killed before, or goes on where others are.
     """
@@ -83,11 +86,14 @@ class Progress:
         self.step = self.batch = self.pass_step = self.taken = 0
         self._number = -1  # of the pass that `passes` has yielded last
         self._begun = 0  # passes over data in it
-        self._to_skip = 0  # of them, those that were over when this worker was killed
-        self._inside = False  # the pass over data that begins next was begun before this worker was killed
-        self._resuming = False  # so was the pass that `passes` yields next
+        self._since = 0  # the step at which the data were dealt for as many workers as now
+        self._to_skip = 0  # passes over data that are over at the place to which this worker goes
+        self._amid = False  # the one that begins next has begun at that place
+        self._resuming = False  # so has the pass that `passes` yields next
+        self._due: int | None = None  # agreements at that place; None for one that this worker was at itself
         self._counting = False  # `passes` has begun
-        self._open = False  # a pass over data has begun and is not over
+        self.inside = False
+        self.moves = 0
         self._results: list[Mapping[str, float]] = []  # of agreements that a next life asks for again
         self._before = 0  # how many of them are from before the first numbered pass
         self._outside: int | None = None  # how many are from before the loop over batches; None outside of one
@@ -99,7 +105,6 @@ class Progress:
         self._restored: Mapping[str, Any] = {}
         self._scheduled: Sequence[Mapping[str, Any]] | None = None
         self._began: dict[str, Any] = {}
-        self._redealt: tuple[Share, ...] = ()  # takes the place of the shares when this step is over
         self._lacking = ""  # what is to be said of things that are to be kept and were not
         self.schedule: Schedule | None = None
         self.resumed = False
@@ -117,46 +122,53 @@ class Progress:
                 f"passes({count}) is called once more: a worker that is killed could not tell its loop from the first. "
                 "Number all passes in one loop, and use range for others"
             )
-        self._counting, begin = True, 0
-        if self._resuming:
-            begin, self._resuming, self._asked = self._number + 1, False, self._before
+        self._counting = True
+        if self._resuming and self._due is None:
+            self._resuming, self._asked = False, self._before
             yield self._number
-        for number in range(begin, count):
-            self._begin_numbered(number)
-            yield number
-
-    def _begin_numbered(self, number: int) -> None:
-        self._leave_loop()
-        if self._number < 0:
+        else:
+            self._leave_loop()
             self._before = len(self._results)
+        while self._resuming or self._number + 1 < count:
+            self._begin_numbered()
+            yield self._number
+
+    def _begin_numbered(self) -> None:
+        self._leave_loop()
         self._forget(self._before)
-        self._number = number
+        if self._resuming:  # where the others are
+            self._resuming = False
+            return
+        self._number += 1
         self._begun = self._to_skip = 0
-        self._inside = False
+        self._amid = False
 
     def begin_pass(self) -> bool:
-        """Begin a pass over the data; False when it was over before this worker was killed.
+        """Begin a pass over the data; False when it is over at the place at which this worker goes on.
 
         Raises:
             ProtocolError: when another one is not over yet.
         """
-        if self._open:
+        if self.inside:
             raise ProtocolError(
                 "a pass over session.batches begins while another one is open: a worker that is killed could go on in "
                 "one of them only. Inside of a pass, evaluate with the loader itself; a pass that was left early in an "
                 "iterator of your own must be closed"
             )
+        if self._resuming:
+            return False
         if self._to_skip:
             self._to_skip -= 1
             return False
-        if self._inside:
-            self._inside = False
+        if self._amid:
+            self._amid = False
+            self._arrive()
         else:
             self._begun += 1
             self.pass_step, self.taken = self.step, 0
             self.dealt_for, self.earlier = self._workers, ()
         self._leave_loop()
-        self._open, self._outside = True, len(self._results)
+        self.inside, self._outside = True, len(self._results)
         return True
 
     def begin_batch(self) -> None:
@@ -170,7 +182,7 @@ class Progress:
 
     def end_pass(self) -> None:
         """End a pass over the data, at its end or before."""
-        self._open = False
+        self.inside = False
         self._leave_loop()
 
     def end_step(self, *, pushed: bool = True) -> None:
@@ -182,14 +194,19 @@ class Progress:
         if pushed:
             self._pushed, self._pushed_step = self._iteration, self.step
         self.step, self.batch = self.step + 1, 0
-        if self._redealt:
-            self._deal(self._redealt)
 
-    def bookmark(self) -> Bookmark | None:
-        """Return where this loop is when this step is over; None where it does not take its batches here."""
+    @property
+    def place(self) -> Bookmark | None:
+        """Where this loop is; None where it does not take its batches here."""
         if not self._begun:
             return None
-        return Bookmark(self.step + 1, self._number + 1, self._begun, self.pass_step, self._shares, self._agreements)
+        passes, shares, agreements = self._number + 1, self._shares, self._agreements
+        return Bookmark(self.step, passes, self._begun, self.pass_step, shares, agreements, self._since)
+
+    @property
+    def bookmark(self) -> Bookmark | None:
+        """Where it is when this step is over."""
+        return None if self.place is None else replace(self.place, step=self.step + 1)
 
     @property
     def fetched(self) -> int:
@@ -202,7 +219,7 @@ class Progress:
 
     def _deal(self, shares: Sequence[Share]) -> None:
         *earlier, (self.dealt_for, self.taken) = shares
-        self.earlier, self._redealt = tuple(earlier), ()
+        self.earlier = tuple(earlier)
 
     # What the user keeps
 
@@ -286,7 +303,8 @@ class Progress:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on with the iteration of a `state`."""
-        self._begin_at(state["step"], state["number"], state["begun"], state["pass_step"])
+        self._turn_to(state["number"], state["begun"])
+        self.step, self.pass_step, self._since = state["step"], state["pass_step"], state["since"]
         self._deal(state["shares"])
         self._results = list(state["results"])
         self._before, self._forgotten = state["before"], state["forgotten"]
@@ -294,36 +312,59 @@ class Progress:
         self._pushed_step = self.step
         self._restored, self._scheduled, self.resumed = state["kept"], state["schedule"], True
 
-    def _begin_at(self, step: int, number: int, begun: int, pass_step: int) -> None:
-        self.step, self._number, self._begun, self.pass_step = step, number, begun, pass_step
-        self._to_skip = max(0, begun - 1)
-        self._inside = begun > 0
-        self._resuming = number >= 0
+    def go_to(self, place: Bookmark) -> None:
+        """Go on at a place of the others, between two steps: in this pass over data, or in another one.
 
-    def deal_anew(self, place: Bookmark) -> None:
-        """Go on at ``place``, in this pass, once the iteration is over that is made again: it was dealt otherwise."""
-        self._redealt = place.shares
+        Then this one ends, and the loop goes on with what is behind it, up to the pass of that place. What it asks on
+        the way the others have agreed on before: it is told the same.
+        """
+        self._due = place.agreements
+        if (place.passes, place.begun) == (self._number + 1, self._begun):
+            self._arrive()
+        else:
+            self.inside = False
+            self._turn_to(place.passes - 1, place.begun)
+        self.step = self._pushed_step = place.step
+        self.pass_step, self._since = place.pass_step, place.since
+        self._deal(place.shares)
+        self.moves += 1
 
     def join(self, place: Bookmark, schedule: Sequence[Mapping[str, Any]] | None, lacking: str) -> None:
-        """Go on at a bookmark of the others, who have come further than this worker remembers.
+        """Go to a place of the others at another step than this worker's.
 
         Args:
             place: Where they are.
             schedule: Hyper-parameters in force, by group; None where only the workers know them.
             lacking: What is to be said of each thing that is to be kept; its name takes the place of ``%s``.
         """
-        self._begin_at(place.step, place.passes - 1, place.begun, place.pass_step)
-        self._deal(place.dealt_for(self._workers).shares)
-        self._results, self._before, self._asked, self._forgotten = [], 0, 0, place.agreements
-        self._iteration = self._pushed = self._agreements
-        self._pushed_step = self.step
+        self.go_to(place)
         self._scheduled, self._lacking, self.resumed = schedule, lacking, True
+        for name in self._kept:
+            _logger.warning(lacking, name)
+
+    @property
+    def on_its_way(self) -> bool:
+        """This worker goes to a place of the others, and has not come to its pass yet."""
+        return self._due is not None
+
+    def _turn_to(self, number: int, begun: int) -> None:
+        """Have the loop go on in the ``begun``-th pass over data of a numbered pass, -1 where they are not numbered."""
+        over = self._begun if number == self._number else 0
+        self._to_skip, self._amid = max(0, begun - over - 1), begun > 0
+        self._resuming = number >= 0 and number != self._number
+        self._number, self._begun = number, begun
+
+    def _arrive(self) -> None:
+        if self._due is not None:
+            self._forgotten, self._due = self._due - len(self._results), None
+            self._iteration = self._pushed = self._agreements
 
     def _now(self) -> dict[str, Any]:
         results = self._results[: self._outside]
         return {
             "step": self.step,
             "pass_step": self.pass_step,
+            "since": self._since,
             "shares": self._shares,
             "number": self._number,
             "begun": self._begun,

@@ -7,16 +7,15 @@ from typing import Any, final
 
 from torch import Tensor
 
-from thresher.protos.bookmark import bookmark_from_message, bookmark_to_message
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import DataLossError
 from thresher.protos.faults import reached
 from thresher.protos.optimizers import Hyperparameter
-from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.memory import Memory, MemoryFileError
 from thresher.worker.parameters import ModelParameters
 from thresher.worker.placement import GradientPlaced, Placement
 from thresher.worker.progress import Progress
-from thresher.worker.rounds import Pending, Rounds
+from thresher.worker.rounds import Rounds
 from thresher.worker.selection import Selection
 from thresher.worker.settings import Settings
 
@@ -97,11 +96,8 @@ class Remembering:
         self._selection.load_state_dict(kept["selection"])
         self._placement.load_state_dict(kept["placement"])
         rounds.follows = kept["follows"]
-        rounds.resume(kept["number"], self._dealt_anew(kept, rounds))
-        if rounds.went_on_without(kept["number"] + kept["means_begun"]) and rounds.bookmark() is not None:
-            self._come_back(kept, rounds)
-        else:
-            _logger.info("%s goes on with step %d", self._who, self._progress.step)
+        rounds.resume(kept["number"], kept["pending"])
+        _logger.info("%s goes on with step %d", self._who, self._progress.step)
         return True
 
     def _fits(self, kept: Mapping[str, Any], rounds: Rounds) -> bool:
@@ -123,46 +119,41 @@ class Remembering:
         rounds.abort(reason)
         raise DataLossError(reason)
 
-    def _dealt_anew(self, kept: Mapping[str, Any], rounds: Rounds) -> list[Pending]:
-        """Return the kept pushes; where the data are dealt for another number of workers now, they say so.
+    def begin(self, rounds: Rounds) -> None:
+        """Begin without a memory: where the others are, if they have told."""
+        rounds.begin()
+        place = rounds.shards[0].bookmark
+        if place is not None:
+            self._go_to(place.dealt_for(self._settings.workers), rounds, "begins as the script made it")
 
-        All workers deal anew from the place on that the shards knew when the run was begun again: a step whose push is
-        on its way counts as one that was made behind it.
+    def go_along(self, rounds: Rounds) -> None:
+        """Go where the others' loops are behind a round, if this one is elsewhere.
+
+        In lockstep all are at one place. In the other modes each is at its own, but their passes must begin at the same
+        steps: a worker that was killed goes there if its data were dealt otherwise than the run's are, and any if they
+        were dealt once more for as many workers as it was told.
         """
-        (said, frame), *others = kept["pending"]
-        push = pb.Push.FromString(said)
-        workers, first = self._settings.workers, rounds.shards[0].answer
-        told = bookmark_from_message(push.bookmark) if push.HasField("bookmark") else None
-        if told is None or told.workers == workers:
-            return list(kept["pending"])
-        before = bookmark_from_message(first.bookmark) if first.HasField("bookmark") else None
-        if first.settled_steps > push.step:
-            place = (before or told).dealt_for(workers)
+        told, here = rounds.shards[0].bookmark, self._progress.place
+        if told is None or here is None:
+            return
+        place = told.dealt_for(self._settings.workers)
+        if self._settings.consistency.lockstep:
+            elsewhere = here.data != place.data
         else:
-            place = told.redealt(before, workers)
-        self._progress.deal_anew(place)
-        push.bookmark.CopyFrom(bookmark_to_message(place))
-        return [(push.SerializeToString(), frame), *others]
+            elsewhere = here.dealing != place.dealing and (self.kept is not None or told is place)
+        if elsewhere:
+            self._go_to(place, rounds, f"is as it was in step {here.step - 1}")
 
-    def _come_back(self, kept: Mapping[str, Any], rounds: Rounds) -> None:
-        """Take what came too late back into the residual, and go on where the others are by now."""
-        outcome = rounds.finish()
-        for piece, values in outcome.returned:
-            self._selection.give_back(piece, values)
-        self._selection.adopt(outcome.updates, outcome.pulled_bytes)
-        self._model.assign_untrained(kept["untrained"])
-        self.kept = None
-        self.join(rounds, f"is as it was in step {kept['progress']['step']}")
-
-    def join(self, rounds: Rounds, otherwise: str = "begins as the script made it") -> None:
-        """Go on where the others are, with the hyper-parameters in force, if they have told where that is.
+    def _go_to(self, place: Bookmark, rounds: Rounds, otherwise: str) -> None:
+        """Go to a place; with the hyper-parameters in force, where this worker's schedule is that of another step.
 
         Args:
-            rounds: Of a worker without a memory, or one that was away for longer than its lease.
+            place: Where the others are.
+            rounds: Know those hyper-parameters.
             otherwise: What is said of the things that are to be kept.
         """
-        place = rounds.bookmark() if rounds.shards[0].follower.version else None
-        if place is None:
+        if place.step == self._progress.step:
+            self._progress.go_to(place)
             return
         groups: list[dict[str, Hyperparameter]] = []
         if isinstance(self._placement, GradientPlaced) and not self._settings.consistency.momentum_per_push:
@@ -172,7 +163,11 @@ class Remembering:
         where = f"{self._who} goes on where the others are, behind step {place.step - 1}"
         rounds.follows = True
         self._progress.join(place, groups or None, f"{where}; what is kept as %s {otherwise}")
-        _logger.warning("%s: its own state was lost, or it was away for longer than its lease, or it is new", where)
+        _logger.warning(
+            "%s: its own state was lost, or it was away for longer than its lease, or it is new, or the data are dealt "
+            "for another number of workers",
+            where,
+        )
 
     def repeated(self, rounds: Rounds) -> bool:
         """Take note that the kept iteration has been made again; False where it was not to be.
@@ -217,11 +212,14 @@ class Remembering:
     def mean(self, rounds: Rounds, vector: Tensor) -> Tensor | None:
         """Return the mean of all workers' ``vector``, [numel] float32; what it was, where it was made before a kill.
 
-        Such a round moves the shards on by one, like a push; so it is kept that it begins, and what it came to.
+        Such a round moves the shards on by one, like a push; so it is kept that it begins, and what it came to. None
+        for a worker on its way to the others, who have made it before.
 
         Raises:
             MemoryFileError: when the file cannot be written.
         """
+        if self._progress.on_its_way:
+            return None
         if self._memory is None:
             return rounds.mean(vector)
         self._asked += 1

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from thresher.protos.bookmark import bookmark_to_message
 from thresher.protos.errors import DataLossError, LostHistoryError
-from thresher.protos.messages import overrides_to_messages
+from thresher.protos.messages import bookmark_to_message, overrides_to_messages
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import Replica
 from thresher.protos.sealed import membership_to_message

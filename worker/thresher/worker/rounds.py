@@ -11,12 +11,12 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
-from thresher.protos.bookmark import Bookmark, bookmark_to_message
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.codec import decode, encode
 from thresher.protos.consistency import Consistency
 from thresher.protos.errors import BehindError, LostHistoryError, RoundFailedError
 from thresher.protos.layout import Slice
-from thresher.protos.messages import overrides_to_messages
+from thresher.protos.messages import bookmark_to_message, overrides_to_messages
 from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.sealed import membership_from_message, membership_to_message
 from thresher.protos.snapshots import pack_state
@@ -66,7 +66,7 @@ class Rounds:
     Attributes:
         number: How many rounds this worker has taken part in: what the protocol calls its step.
         membership: Who belongs to the run, as the first shard said last.
-        follows: This worker goes on without the state of its schedule: in lockstep the others say what is in force.
+        follows: This worker goes on without the state of its schedule: the others say what is in force.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Rounds:
                 overrides=overrides_to_messages(overrides),
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
-                follows=self.follows and self._consistency.lockstep,
+                follows=self.follows,
                 bookmark=None if bookmark is None or self._pending else bookmark_to_message(bookmark),
             )
             frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
@@ -347,12 +347,14 @@ class Rounds:
                 shard.follower.apply(told)
                 shard.overrides, shard.threshold = told.overrides, told.next_threshold
                 shard.bookmark = told.bookmark
-            if told.membership is not None and shard is self.shards[0]:
+            if shard is self.shards[0]:
                 self._hear_of_members(told.membership, told.version)
         return told
 
-    def _hear_of_members(self, membership: Membership, version: int) -> None:
+    def _hear_of_members(self, membership: Membership | None, version: int) -> None:
         """Take who belongs to the run from ``version`` of the first shard on, and say what is new about that."""
+        if membership is None or membership.epoch <= self.membership.epoch:  # an update may be told once more
+            return
         before, after, first = set(self.membership.ranks), set(membership.ranks), self.shards[0]
         self.membership = membership
         for rank in sorted(before - after):
@@ -372,5 +374,5 @@ class Rounds:
             refill(shard, error, lockstep=self._consistency.lockstep, membership=self.membership, untrained=untrained)
             return
         snapshot = catch_up(shard, self._optimizer)
-        if is_first and snapshot.membership.epoch > self.membership.epoch:
+        if is_first:
             self._hear_of_members(snapshot.membership, snapshot.version)

@@ -154,12 +154,10 @@ class Session:
         shards = join(settings, self._model, spec, placement, address, run=self._remembering.run)
         optimizer, untrained = placement.shard_optimizer, self._model.untrained
         self._rounds = Rounds(self.rank, shards, settings.consistency, optimizer, untrained)
-        if self._remembering.go_on(self._rounds):
-            return
-        self._rounds.begin()
-        self._remembering.join(self._rounds)
-        if selection.threshold is None:
-            selection.threshold = shards[0].threshold
+        if not self._remembering.go_on(self._rounds):
+            self._remembering.begin(self._rounds)
+            if selection.threshold is None:
+                selection.threshold = shards[0].threshold
 
     def batches(self, loader: "DataLoader[Any]") -> Iterator[Any]:
         """Yield one pass over this worker's share of a loader's data; randomness is keyed by (seed, rank, step).
@@ -307,7 +305,7 @@ class Session:
         message = self._placement.message()
         sent, presence = self._select(message, leaving=leaving)
         proposal = self._selecting.propose(message, sent) if self.rank == 0 else None
-        self._rounds.prepare(sent, presence, overrides, proposal, self.residual, self._progress.bookmark())
+        self._rounds.prepare(sent, presence, overrides, proposal, self.residual, self._progress.bookmark)
         reached(f"worker {self.rank}", "compress")
         if remembering is not None:
             remembering.keep(self._rounds)
@@ -326,6 +324,8 @@ class Session:
             self._selecting.give_back(piece, values)
         self._selecting.adopt(outcome.updates, outcome.pulled_bytes)
         self._progress.end_step()
+        if self._remembering is not None:
+            self._remembering.go_along(self._rounds)
         self._restart()
 
     def _select(self, message: Message | None, *, leaving: bool) -> tuple[SparseGradient | None, Presence]:

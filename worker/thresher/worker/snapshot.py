@@ -6,10 +6,10 @@ from typing import Final, final
 
 from torch import Tensor
 
-from thresher.protos.bookmark import Bookmark, bookmark_from_message
+from thresher.protos.bookmark import Bookmark
 from thresher.protos.errors import FrameError
 from thresher.protos.layout import Layout
-from thresher.protos.messages import Payload, layout_from_message, optimizer_from_message
+from thresher.protos.messages import Payload, bookmark_from_message, layout_from_message, optimizer_from_message
 from thresher.protos.optimizers import OptimizerSpec
 from thresher.protos.replica import PARAMETERS
 from thresher.protos.sealed import membership_from_message
