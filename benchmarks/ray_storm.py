@@ -37,7 +37,7 @@ from thresher.worker import Method
 SHARDS, WORKERS, NODES = 4, 4, 3
 KILL_AT: Final = 100  # steps: a third of the run
 PAUSE: Final = 0.05
-LEASE: Final = 60.0  # Ray Train may need half a minute to start its group again
+LEASE: Final = 240.0  # on a busy machine Ray Train may need a minute to start its group again
 SHORT_LEASE: Final = 10.0  # of who is not meant to come back
 SECONDS: Final = 300.0
 WORKER: Final = Path(__file__).with_name("ray_storm_worker.py")
