@@ -19,18 +19,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from ray_storm_worker import accuracy, network
 from rich.console import Console
 from rich.table import Table
 
 from thresher.deploy.ray_cluster import RayConfig, down, status, up
 from thresher.deploy.ray_cluster.calls import actors_of
+from thresher.deploy.ray_cluster.local import local_cluster
 from thresher.deploy.replay import Replay
 from thresher.worker import Method
 
@@ -252,12 +251,7 @@ def launched(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def storm(folder: Path) -> Iterator[Storm]:
-    with TemporaryDirectory(prefix="storm-") as sockets, ExitStack() as held:  # a socket's path must be short
-        head = {"num_cpus": 0, "temp_dir": sockets, "include_dashboard": False, "object_store_memory": 100_000_000}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        held.callback(cluster.shutdown)
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        held.callback(ray.shutdown)
+    with local_cluster(num_cpus=0, object_store_memory=100_000_000) as cluster, ExitStack() as held:
         made = Storm(folder, cluster.address)
         held.callback(made.close)
         for _ in range(NODES):
