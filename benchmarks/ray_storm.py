@@ -19,25 +19,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from ray_storm_worker import accuracy, network
 from rich.console import Console
 from rich.table import Table
 
 from thresher.deploy.ray_cluster import RayConfig, down, status, up
 from thresher.deploy.ray_cluster.calls import actors_of
+from thresher.deploy.ray_cluster.local import local_cluster
 from thresher.deploy.replay import Replay
 from thresher.worker import Method
 
 SHARDS, WORKERS, NODES = 4, 4, 3
 KILL_AT: Final = 100  # steps: a third of the run
 PAUSE: Final = 0.05
-LEASE: Final = 60.0  # Ray Train may need half a minute to start its group again
+LEASE: Final = 240.0  # on a busy machine Ray Train may need a minute to start its group again
 SHORT_LEASE: Final = 10.0  # of who is not meant to come back
 SECONDS: Final = 300.0
 WORKER: Final = Path(__file__).with_name("ray_storm_worker.py")
@@ -252,12 +251,7 @@ def launched(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def storm(folder: Path) -> Iterator[Storm]:
-    with TemporaryDirectory(prefix="storm-") as sockets, ExitStack() as held:  # a socket's path must be short
-        head = {"num_cpus": 0, "temp_dir": sockets, "include_dashboard": False, "object_store_memory": 100_000_000}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        held.callback(cluster.shutdown)
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        held.callback(ray.shutdown)
+    with local_cluster(num_cpus=0, object_store_memory=100_000_000) as cluster, ExitStack() as held:
         made = Storm(folder, cluster.address)
         held.callback(made.close)
         for _ in range(NODES):

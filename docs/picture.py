@@ -80,35 +80,31 @@ def draw_top() -> None:
 
 
 def draw_ray_status() -> None:
-    import ray  # noqa: PLC0415 - the other picture needs none
-    from ray.cluster_utils import Cluster  # noqa: PLC0415
+    from thresher.deploy.ray_cluster import RayConfig, commands, down, status, up  # noqa: PLC0415 - the other needs none
+    from thresher.deploy.ray_cluster.local import local_cluster  # noqa: PLC0415
 
-    from thresher.deploy.ray_cluster import RayConfig, commands, down, status, up  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        head = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+    with tempfile.TemporaryDirectory() as folder, local_cluster(num_cpus=0) as cluster:
         for _ in range(3):
             cluster.add_node(num_cpus=2)
-        os.environ["RAY_ADDRESS"] = cluster.address
-        try:
-            up(RayConfig("digits", 4, method=Method(density=0.01), state_dir=Path(folder) / "state", insecure=True))
-            environment = {**os.environ, "THRESHER_SHARDS": "ray://digits", "THRESHER_WORKERS": "2"}
-            workers = [
-                subprocess.Popen([sys.executable, DIGITS], env={**environment, "THRESHER_RANK": str(rank)})
-                for rank in range(2)
-            ]
-            while (shards := status("digits"))[0].version < 200:
-                time.sleep(0.1)
-            console = screen()
-            console.print("$ thresher ray status digits\n")
-            commands.show("digits", shards, console)
-            for worker in workers:
-                worker.wait()
-            down("digits")
-        finally:
-            ray.shutdown()
-            cluster.shutdown()  # type: ignore[no-untyped-call]
+        up(RayConfig("digits", 4, method=Method(density=0.01), state_dir=Path(folder), insecure=True))
+        environment = {
+            **os.environ,
+            "RAY_ADDRESS": cluster.address,
+            "THRESHER_SHARDS": "ray://digits",
+            "THRESHER_WORKERS": "2",
+        }
+        workers = [
+            subprocess.Popen([sys.executable, DIGITS], env={**environment, "THRESHER_RANK": str(rank)})
+            for rank in range(2)
+        ]
+        while (shards := status("digits"))[0].version < 200:
+            time.sleep(0.1)
+        console = screen()
+        console.print("$ thresher ray status digits\n")
+        commands.show("digits", shards, console)
+        for worker in workers:
+            worker.wait()
+        down("digits")
     draw("ray-status", console, "thresher ray status")
 
 

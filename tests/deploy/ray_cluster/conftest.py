@@ -1,31 +1,20 @@
 """Ray clusters for the tests of this folder: each in a session folder of its own, one at a time."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
+
+from thresher.deploy.ray_cluster.local import local_cluster
 
 
 @contextmanager
 def started(nodes: int, cpus: int) -> Iterator[str]:
     """Start a cluster, connect this process to it, and end it with the block. Yields its address."""
-    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    head = {"num_cpus": cpus, "temp_dir": str(session), "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with local_cluster(num_cpus=cpus) as cluster:
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=cpus)
-        ray.init(cluster.address, log_to_driver=False)
         yield str(cluster.address)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
-        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Trying out a state folder, on real Ray nodes: one of them in a world of its own, with other file systems mounted."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from thresher.deploy.ray_cluster import storage
+from thresher.deploy.ray_cluster.local import local_cluster
 from thresher.deploy.ray_cluster.storage import probe
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError
 
@@ -49,21 +47,13 @@ def known(*, cpus: bool = False) -> set[str]:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Start them, in a session of their own beside whatever else runs here."""
-    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: a socket's path
     folder = tmp_path_factory.mktemp("shared")
-    head = {"num_cpus": 0, "temp_dir": str(session), "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        ray.init(str(cluster.address), log_to_driver=False)
+    with local_cluster(num_cpus=0) as cluster:
         probe(folder / "alone", deadline=SECONDS)
         untouched = not (folder / "alone").exists()
         for _ in range(2):
             cluster.add_node(num_cpus=1)
         yield Nodes(folder, str(cluster.address), untouched)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
-        shutil.rmtree(session, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

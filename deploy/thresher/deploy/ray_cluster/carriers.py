@@ -3,18 +3,17 @@
 Bytes are numpy arrays to Ray: those it writes into its object store as they are, and maps where they are read.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from thresher.deploy.ray_cluster.local import local_cluster
 
 _STORE_BYTES: Final = 1_000_000_000
 _SECONDS: Final = 600.0
@@ -30,13 +29,9 @@ def ray_calls() -> Iterator[Mapping[str, Callable[[bytes], Callable[[], int]]]]:
     Returns:
         By name, what makes an exchange of some bytes: a call that hands them to an actor and returns how many it has.
     """
-    with TemporaryDirectory(prefix="thresher-") as folder, ExitStack() as held:
-        node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": _STORE_BYTES}
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "temp_dir": folder, "include_dashboard": False})
-        held.callback(cluster.shutdown)
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": _STORE_BYTES}
+    with local_cluster(**node) as cluster:
         cluster.add_node(**node, resources={_ELSEWHERE: 1})
-        ray.init(cluster.address, log_to_driver=False, logging_level=logging.WARNING)
-        held.callback(ray.shutdown)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         plain = ray.remote(_Actor).options(num_cpus=0, scheduling_strategy=here).remote()
         on_loop = ray.remote(_AsyncActor).options(num_cpus=0, scheduling_strategy=here).remote()
