@@ -14,7 +14,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-slow test-wheel fuzz storm ray-storm check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel fuzz storm ray-storm compose-proof check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ storm: $(VENV)/.with-examples ## kill shards and workers hundreds of times, in e
 
 ray-storm: $(VENV)/.with-ray ## kill shards, workers, nodes and drivers on a small Ray cluster; 15 minutes, needs root
 	$(BIN)/python benchmarks/ray_storm.py $(RAY_STORM_OPTIONS)
+
+compose-proof: $(VENV)/.created ## bring docker-compose.yml up, kill a shard and a worker, compare the counters; needs root
+	$(BIN)/python benchmarks/compose_proof.py
 
 # Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts
 # many processes is left to `make test`: it would find the same code.

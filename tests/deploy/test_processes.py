@@ -1,5 +1,6 @@
 """Child processes: what they print is kept, and they end when they should."""
 
+import json
 import os
 import signal
 import socket
@@ -36,6 +37,21 @@ def test_output_is_logged_and_data_lines_are_kept(tmp_path: Path) -> None:
     assert it.log.read_text(encoding="utf-8").splitlines()[1] == "plain"
 
 
+def test_data_lines_are_written_down_with_their_times(tmp_path: Path) -> None:
+    """Each with when it was printed, whatever the script itself calls a time; a further life adds to them."""
+    path = tmp_path / "printed.jsonl"
+    code = "print('{\"loss\": 1.5, \"time\": \"12 s\"}'); print('plain'); print('{no'); print('{\"a\": 2}')"
+    begin = time.time()
+    for _ in range(2):
+        command = [sys.executable, "-u", "-c", code]
+        Child("it", command, dict(os.environ), tmp_path / "it.log", printed=path).finish()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    times = [row.pop("time") for row in rows]
+    assert rows == [{"loss": 1.5}, {"a": 2}] * 2
+    assert times == sorted(times)
+    assert begin <= times[0] <= times[-1] <= time.time()
+
+
 def test_endings_are_told(tmp_path: Path) -> None:
     """An exit code by number, a signal by name."""
     it = child(tmp_path, "raise SystemExit(3)")
@@ -49,7 +65,8 @@ def test_endings_are_told(tmp_path: Path) -> None:
 def test_a_full_disk_under_a_log_does_not_end_the_child(tmp_path: Path) -> None:
     """Its lines are lost; its data are heard, and it goes on to its end."""
     code = "for number in range(5000): print('{\"a\": %d}' % number)"
-    it = Child("it", [sys.executable, "-u", "-c", code], dict(os.environ), Path("/dev/full"))
+    full = Path("/dev/full")
+    it = Child("it", [sys.executable, "-u", "-c", code], dict(os.environ), full, printed=full)
     it.finish()
     assert (it.code, it.data) == (0, {"a": 4999})
 

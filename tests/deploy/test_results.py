@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from thresher.deploy.in_process import InProcess, in_process
 from thresher.deploy.results import (
+    _longest_waits,
     bytes_text,
     merge_iterations,
     read_results,
@@ -87,7 +89,11 @@ def rows_of_two_shards(folder: Path) -> list[Path]:
     common |= {"threshold": 0.1, "learning_rate": 0.5, "push_bytes": 10, "pull_bytes": 20, "residual_squared": 2.0}
     counts = {0: (5.0, 30, 6, 0.1, 5, 0.1), 1: (6.0, 10, 4, 0.2, 1, 0.3)}
     names = ("time", "numel", "pushed_elements", "push_density", "update_elements", "round_seconds")
-    rows = [{**common, "shard": shard, **dict(zip(names, values, strict=True))} for shard, values in counts.items()]
+    waits = {0: [0.0, 0.04], 1: [0.02, 0.0]}
+    rows = [
+        {**common, "shard": shard, **dict(zip(names, values, strict=True)), "barrier_seconds": waits[shard]}
+        for shard, values in counts.items()
+    ]
     for row in rows:
         (folder / f"{row['shard']}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     return [folder / "0.jsonl", folder / "1.jsonl"]
@@ -100,7 +106,23 @@ def test_iterations_of_shards_become_iterations_of_the_model(tmp_path: Path) -> 
     assert (merged["push_bytes"], merged["pull_bytes"], merged["numel"]) == (20, 40, 40)
     assert (merged["push_density"], merged["update_density"]) == (10 / 80, 6 / 40)
     assert (merged["residual_norm"], merged["round_seconds"], merged["time"]) == (2.0, 0.3, 6.0)
+    assert merged["barrier_seconds"] == [0.02, 0.04]
     assert "shard" not in merged
+
+
+@given(st.lists(st.tuples(st.permutations(range(4)), st.integers(1, 4)), min_size=1, max_size=3), st.data())
+def test_a_push_has_waited_as_long_as_where_it_waited_longest(
+    parts: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    """By rank, for the contributors of the first shard: others may have been missed there, or have missed here."""
+    rows: list[dict[str, Any]] = []
+    for ranks, count in parts:
+        seconds = data.draw(st.lists(st.floats(0, 100), min_size=count, max_size=count))
+        rows.append({"contributors": sorted(ranks[:count]), "barrier_seconds": seconds})
+    merged = _longest_waits(rows[0]["contributors"], rows)
+    waits = [dict(zip(row["contributors"], row["barrier_seconds"], strict=True)) for row in rows]
+    assert merged == [max(wait.get(rank, 0.0) for wait in waits) for rank in rows[0]["contributors"]]
+    assert _longest_waits(rows[0]["contributors"], [*rows, {"barrier_seconds": None}]) is None
 
 
 def test_outside_of_lockstep_each_shard_has_its_own_iterations(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ RUN = {
 }  # fmt: skip
 SHARD = {
     "shard", "where", "state", "reason", "version", "numel", "members", "push_bytes", "pull_bytes", "update_density",
-    "threshold", "log_bytes", "round_seconds",
+    "threshold", "log_bytes", "round_seconds", "residual_norm", "staleness", "last_iteration_age",
 }  # fmt: skip
 WORKER = {
     "rank", "state", "steps", "push_bytes", "pull_bytes", "pushed_elements", "pushable_elements", "density", "origin",
@@ -47,6 +47,10 @@ def test_the_document_has_everybody_and_says_what_is_not_known() -> None:
         (0, "left", 1), (1, "left", 1),
     ]  # fmt: skip
     assert document["run"]["push_bytes"] == document["shards"][0]["push_bytes"] > 0
+    serving, silent = document["shards"]
+    assert (serving["residual_norm"], serving["staleness"]) == (0.0, 0)  # everything was sent
+    assert serving["last_iteration_age"] >= 0
+    assert silent["last_iteration_age"] is None
     assert not status.all_serve(looks)
     assert status.all_serve(looks[:1])
 

@@ -15,6 +15,9 @@ TOLD = pb.StatisticsResponse(
     update_density=0.05,
     threshold=0.00123,
     log_bytes=4096,
+    residual_norm=0.25,
+    staleness=3,
+    last_iteration_age=1.5,
     workers=[
         pb.WorkerStatistics(rank=0, state="exchanging", steps=1234, push_bytes=1000, pull_bytes=3000, density=0.01,
                             pushable_elements=8000, origin="host[1]:7", metrics_address="127.0.0.1:9000"),
@@ -31,7 +34,9 @@ def test_a_shard_has_a_row_whether_it_is_known_or_not() -> None:
     silent, serving = shard_rows([SILENT, SERVING])
     assert serving == {
         "shard": "1", "state": "SERVING: training", "where": "127.0.0.1:5000", "version": "1,234", "members": "2",
+        "last iteration": "1.5 s ago",
         "bytes up": "1,500", "bytes down": "4,500", "density": "5.00%", "ratio": "21.3", "threshold": "0.00123",
+        "residual": "0.25", "staleness": "3",
         "log": "4.1 kB",
     }  # fmt: skip
     assert silent.keys() == serving.keys()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def test_a_run_leaves_result_model_rows_and_logs(start: Starter, monkeypatch: py
         assert len(rows) == one["steps"] == 40
         for key in ("push_bytes", "pull_bytes"):
             assert sum(row[key] for row in rows) == one[key]
+        assert all(len(row["barrier_seconds"]) == 2 for row in rows)
+        check_rows_of_workers(folder, one)
         elements = sum(row["pushed_elements"] for row in rows)
         assert math.isclose(one["mean_density"], elements / (2 * 40 * rows[0]["numel"]))
         assert one["dense_bytes"] == 2 * 4 * 2 * 40 * rows[0]["numel"]
@@ -68,6 +71,19 @@ def test_a_run_leaves_result_model_rows_and_logs(start: Starter, monkeypatch: py
     accuracy = (model(images).argmax(1) == labels).float().mean().item()
     assert accuracy == document["sparse"]["accuracy"]
     assert not launched.left_over()
+
+
+def check_rows_of_workers(folder: Path, result: dict[str, Any]) -> None:
+    """A row for each step of each worker, which add up to the result; and what rank 0 printed, with times."""
+    paths = sorted(folder.glob("worker-*.iterations.jsonl"))
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    assert [[row["step"] for row in one] for one in rows] == [list(range(1, 41))] * 2
+    assert [{row["rank"] for row in one} for one in rows] == [{0}, {1}]
+    for key in ("push_bytes", "pull_bytes"):
+        assert sum(row[key] for one in rows for row in one) == result[key]
+    printed = [json.loads(line) for line in (folder / "printed.jsonl").read_text().splitlines()]
+    assert printed[-1]["accuracy"] == result["accuracy"]
+    assert all(row["time"] > 1e9 for row in printed)
 
 
 def test_the_number_of_shards_does_not_change_a_bit(start: Starter) -> None:

@@ -18,8 +18,8 @@ ROW = IterationRow(
     threshold=0.5, learning_rate=0.1, round_seconds=0.02, staleness=3,
 )  # fmt: skip
 MEMBERS = (
-    MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 3000, 0.015, "a:1", ""),
-    MemberStatistics(1, "left", 2, 800, 600, 30, 2000, 0.015, "b:2", ""),
+    MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 3000, 0.015, "a:1", "", wait_seconds=0.5, waits=3),
+    MemberStatistics(1, "left", 2, 800, 600, 30, 2000, 0.015, "b:2", "", wait_seconds=0.25, waits=2, counts=False),
 )
 NOW = ShardStatistics(
     shard=1, shards=2, state="training", failure="", version=3, numel=1000, model_numel=2000, members=MEMBERS,
@@ -49,6 +49,8 @@ def test_a_scrape_agrees_with_the_statistics() -> None:
         assert found["thresher_push_bytes_total", labels] == member.push_bytes
         assert found["thresher_pull_bytes_total", labels] == member.pull_bytes
         assert found["thresher_pushed_elements_total", labels] == member.pushed_elements
+        assert found["thresher_wait_seconds_sum", labels] == member.wait_seconds
+        assert found["thresher_wait_seconds_count", labels] == member.waits
     for verdict, count in NOW.verdicts.items():
         assert found["thresher_push_results_total", (("result", verdict), ("shard", "1"))] == count
     expected = {
@@ -56,6 +58,7 @@ def test_a_scrape_agrees_with_the_statistics() -> None:
         "total_error_total": 20.0,
         "dense_bytes_total": 2 * 4 * 1000 * 5,
         "members": 1,
+        "lost_members": 0,
         "log_bytes": 512,
         "compression_ratio": 2 * 4 * 1000 * 5 / 3100,
         "threshold": 0.25,
@@ -67,12 +70,28 @@ def test_a_scrape_agrees_with_the_statistics() -> None:
     assert {name: found[f"thresher_{name}", SHARD] for name in expected} == expected
 
 
+def test_a_lost_member_is_one_that_rounds_still_wait_for() -> None:
+    """Who was lost for longer than its lease belongs to the run no more, and is neither."""
+    lost = replace(MEMBERS[0], state="lost")
+    found = scrape(ShardMetrics(lambda: replace(NOW, members=(*MEMBERS, lost, replace(lost, counts=False)))))
+    assert (found["thresher_members", SHARD], found["thresher_lost_members", SHARD]) == (2, 1)
+
+
+def test_when_the_last_round_was_closed_is_not_known_after_a_restart() -> None:
+    """The journal has the round and not the time: until the next one there is no such metric, rather than 1970."""
+    metrics = ShardMetrics(lambda: NOW)
+    assert ("thresher_last_iteration_timestamp_seconds", SHARD) not in scrape(metrics)
+    metrics.observe(ROW)
+    assert scrape(metrics)["thresher_last_iteration_timestamp_seconds", SHARD] > 0
+
+
 def test_workers_can_be_summed_instead_of_labelled() -> None:
     """For many workers the label is left out; the totals stay."""
     found = scrape(ShardMetrics(lambda: NOW, per_worker=False))
     assert found["thresher_push_bytes_total", SHARD] == 1800
     assert found["thresher_pull_bytes_total", SHARD] == 1300
     assert found["thresher_pushed_elements_total", SHARD] == 75
+    assert (found["thresher_wait_seconds_sum", SHARD], found["thresher_wait_seconds_count", SHARD]) == (0.75, 5)
     assert not [labels for _, labels in found if "worker" in dict(labels)]
 
 

@@ -7,9 +7,11 @@ import torch
 from tests.server.dialogues import (
     CONFIG,
     LAYOUT,
+    LOCKSTEP,
     NUMEL,
     close_round,
     hello,
+    history_of,
     leave,
     of,
     only,
@@ -29,7 +31,7 @@ from thresher.protos.optimizers import OptimizerSpec, Override
 from thresher.protos.update import Membership
 from thresher.server import effects, events
 from thresher.server.effects import Effect
-from thresher.server.events import History, Verdict
+from thresher.server.events import History, Verdict, Worker
 from thresher.server.shard import Shard
 
 # --- joining -----------------------------------------------------------------------------------------------
@@ -167,6 +169,32 @@ def test_an_update_is_appended_before_it_is_told() -> None:
     assert publish.ranks == (0, 1)
     assert append.record.deliveries == tuple((rank, publish.sealed.wire_bytes) for rank in (0, 1))  # type: ignore[union-attr]
     assert row.row.pull_bytes == 2 * publish.sealed.wire_bytes
+
+
+def test_a_row_says_how_long_each_push_has_waited() -> None:
+    """From when it came whole until the round was closed; a skipped push waits too, but is no contributor."""
+    shard = training(workers=3)
+    say(shard, push(0, 0), 1.0)
+    say(shard, push(1, 0, None), 2.5)
+    done = say(shard, push(2, 0), 4.0)
+    assert only(effects.WriteRow, done).row.barrier_seconds == (3.0, 0.0)
+    waited = [(member.waits, member.wait_seconds) for member in shard.statistics().members]
+    assert waited == [(1, 3.0), (1, 1.5), (1, 0.0)]
+
+
+@pytest.mark.parametrize("mode", [LOCKSTEP, Consistency(downlink="shadow", shadow_threshold=0.1)], ids=str)
+def test_an_update_is_counted_once_for_who_hears_it_later(mode: Consistency) -> None:
+    """In lockstep who has pushed and lost its connection hears of the round when it comes back, and no sooner."""
+    shard = training(consistency=mode)
+    say(shard, push(1, 0))
+    say(shard, events.Disconnect(Worker(1, 1)))
+    done = say(shard, push(0, 0, 2.0))
+    assert only(effects.Publish, done).ranks == (0,)
+    pulled = [member.pull_bytes for member in shard.statistics().members]
+    before = replace(history_of(shard), version=0, digest=b"")
+    (missed,) = only(effects.Backlog, say(shard, hello(1, before))).updates
+    assert pulled == [only(effects.Publish, done).sealed.wire_bytes, missed.wire_bytes]
+    assert [member.pull_bytes for member in shard.statistics().members] == pulled
 
 
 def test_the_divisor_is_the_number_of_members_also_after_a_leave() -> None:

@@ -45,6 +45,7 @@ def every_settings(draw: st.DrawFn) -> Settings:
         connect_timeout=draw(st.floats(0, 1e9)),
         threshold_factor=draw(st.floats(1e-9, 1e9)),
         metrics_listen=draw(st.none() | addresses),
+        rows=draw(st.none() | st.just(Path("a/rows.jsonl"))),
         insecure=draw(st.booleans()),
     )
 

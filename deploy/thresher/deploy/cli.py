@@ -15,14 +15,22 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from thresher.deploy import bench, options
+from thresher.deploy import bench, options, watching_commands
 from thresher.deploy.exit_codes import errors_told
+from thresher.deploy.health import health
+from thresher.deploy.ranks import worker
 from thresher.deploy.ray_cluster import commands as ray_commands
+from thresher.deploy.report.command import report
 from thresher.protos.errors import ConfigurationError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(ray_commands.app, name="ray")
+app.command()(watching_commands.status)
+app.command()(watching_commands.top)
+app.command()(report)
+app.command()(health)
+app.command(context_settings={"allow_interspersed_args": False})(worker)
 
 
 @app.callback()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -158,7 +159,9 @@ class Launch:
         for rank in range(config.workers):
             if self._has_left(rank):  # in an earlier launch
                 continue
-            start = partial(self._worker, rank, config.settings(addresses, rank, state_dir).environment())
+            rows = self._folder / f"worker-{rank}.iterations.jsonl"
+            settings = replace(config.settings(addresses, rank, state_dir), rows=rows)
+            start = partial(self._worker, rank, settings.environment())
             # Without a memory another life would begin the script anew, in the middle of the run.
             restarts = config.restarts if keeps else 0
             self._workers[rank] = self._supervised(f"worker {rank}", start, restarts, may_end=True)
@@ -182,7 +185,8 @@ class Launch:
         }
         environment = {"OMP_NUM_THREADS": "1", **outer, "PYTHONUNBUFFERED": "1", **variables}
         data = printed_data(self._log(name)) if name.startswith("worker") else {}  # a shard says anew where it serves
-        return Child(name, command, environment, self._log(name), Path(self._config.directory), data)
+        printed = self._folder / "printed.jsonl" if name == "worker 0" else None
+        return Child(name, command, environment, self._log(name), Path(self._config.directory), data, printed)
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name.replace(' ', '-')}.log"

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final, cast, final
 
@@ -28,6 +29,7 @@ class Child:
         log: Where its output goes.
         directory: Where it is started.
         data: What an earlier life has printed.
+        printed: File that data lines are added to, each with its ``time`` in Unix seconds; None for none.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class Child:
         log: Path,
         directory: Path | None = None,
         data: Mapping[str, Any] | None = None,
+        printed: Path | None = None,
     ) -> None:
         """Start it."""
-        self.name, self.log = name, log
+        self.name, self.log, self._printed = name, log, printed
         self.data: dict[str, Any] = dict(data or {})  # the union of all data lines, the latest value of each key
         self._process = subprocess.Popen(
             command,
@@ -106,7 +109,11 @@ class Child:
                     self._take(line)
 
     def _take(self, line: bytes) -> None:
-        self.data = {**self.data, **_values(line)}  # a new one, for whoever is reading the old one
+        values = _values(line)
+        self.data = {**self.data, **values}  # a new one, for whoever is reading the old one
+        if self._printed is not None and values:
+            with suppress(OSError):  # a full disk
+                _append(self._printed, json.dumps({**values, "time": time.time()}).encode() + b"\n")
 
 
 def printed_data(log: Path) -> dict[str, Any]:
@@ -120,6 +127,14 @@ def _values(line: bytes) -> dict[str, Any]:
         return dict(json.loads(line))
     except ValueError:
         return {}  # a line that merely begins like data
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line whole, or leave the file as it was."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(size)
 
 
 @final

@@ -153,7 +153,8 @@ def merge_iterations(parts: Iterable[Path], whole: Path, *, lockstep: bool) -> N
     """Fold the shards' per-iteration files into one, in order of versions.
 
     In lockstep it has a row per round of the whole model: counts add up over shards, the squared residual norm too;
-    times are those of the slowest shard. Elsewhere shards close rounds for themselves, and those of one version need
+    times are those of the slowest shard, for each contributor by itself where they say how long its push has waited.
+    Elsewhere shards close rounds for themselves, and those of one version need
     not be of the same pushes: the file has a row per round of each shard, with its ``shard``.
     """
     rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
@@ -180,7 +181,20 @@ def _merged(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]
         "update_density": total["update_elements"] / numel,
         "residual_norm": math.sqrt(total["residual_squared"]),
         "round_seconds": max(row["round_seconds"] for row in rows),
+        "barrier_seconds": _longest_waits(first["contributors"], rows),
     }
+
+
+def _longest_waits(ranks: Sequence[int], rows: Iterable[Mapping[str, Any]]) -> list[float] | None:
+    """Return for each rank how long its push has waited where it waited longest; None where a shard does not know."""
+    longest = dict.fromkeys(ranks, 0.0)
+    for row in rows:
+        if row.get("barrier_seconds") is None:
+            return None
+        for rank, seconds in zip(row["contributors"], row["barrier_seconds"], strict=True):
+            if rank in longest:
+                longest[rank] = max(longest[rank], seconds)
+    return list(longest.values())
 
 
 def save_model(path: Path, snapshots: Sequence[Snapshot], *, lockstep: bool) -> None:

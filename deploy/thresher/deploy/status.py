@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 
@@ -10,6 +10,11 @@ from thresher.deploy.watching import ShardLook, Watch, totals_of, workers_of
 from thresher.deploy.watching_columns import fitting
 from thresher.deploy.watching_places import Place
 from thresher.deploy.watching_tables import shard_rows, troubles, worker_rows
+
+_COUNTED: Final = (
+    "version", "numel", "members", "push_bytes", "pull_bytes", "update_density", "threshold", "log_bytes",
+    "residual_norm", "staleness", "last_iteration_age", "round_seconds",
+)  # fmt: skip
 
 
 def look_once(place: Place, timeout: float) -> list[ShardLook]:
@@ -41,8 +46,7 @@ def _shard(look: ShardLook) -> dict[str, Any]:
     told = look.statistics
     who = {"shard": look.shard, "where": look.where, "state": look.state, "reason": look.reason}
     if told is None:
-        names = ("version", "numel", "members", "push_bytes", "pull_bytes", "update_density", "threshold", "log_bytes")
-        return who | dict.fromkeys((*names, "round_seconds"))
+        return who | dict.fromkeys(_COUNTED)
     return who | {
         "version": told.version,
         "numel": told.numel,
@@ -52,6 +56,9 @@ def _shard(look: ShardLook) -> dict[str, Any]:
         "update_density": told.update_density,
         "threshold": told.threshold if told.HasField("threshold") else None,
         "log_bytes": told.log_bytes,
+        "residual_norm": told.residual_norm if told.HasField("residual_norm") else None,
+        "staleness": told.staleness,
+        "last_iteration_age": told.last_iteration_age if told.HasField("last_iteration_age") else None,
         "round_seconds": told.round_seconds,
     }
 

@@ -31,17 +31,26 @@ def shard_rows(looks: Sequence[ShardLook]) -> list[Row]:
 def _counted(shard: pb.StatisticsResponse | None) -> dict[str, str]:
     if shard is None:
         return dict.fromkeys(
-            ("version", "members", "bytes up", "bytes down", "density", "ratio", "threshold", "log"), _UNKNOWN
-        )
+            (
+                "version", "members", "last iteration", "bytes up", "bytes down", "density", "ratio", "threshold",
+                "residual", "staleness", "log",
+            ),
+            _UNKNOWN,
+        )  # fmt: skip
     push, pull = sum(w.push_bytes for w in shard.workers), sum(w.pull_bytes for w in shard.workers)
     return {
         "version": f"{shard.version:,}",
         "members": f"{sum(worker.state != 'left' for worker in shard.workers):,}",
+        "last iteration": f"{shard.last_iteration_age:,.1f} s ago"
+        if shard.HasField("last_iteration_age")
+        else _UNKNOWN,
         "bytes up": f"{push:,}",
         "bytes down": f"{pull:,}",
         "density": f"{shard.update_density:.2%}",
         "ratio": _ratio(sum(w.pushable_elements for w in shard.workers), push + pull),
         "threshold": f"{shard.threshold:.3g}" if shard.HasField("threshold") else _UNKNOWN,
+        "residual": f"{shard.residual_norm:.3g}" if shard.HasField("residual_norm") else _UNKNOWN,
+        "staleness": f"{shard.staleness:,}",
         "log": bytes_text(shard.log_bytes),
     }
 
@@ -61,7 +70,7 @@ def _pace_row(look: ShardLook, rate: Rates) -> Row:
         "up": each_text(rate.up),
         "down": each_text(rate.down),
         "last": age_text(rate),
-        **{heading: counted[heading] for heading in ("density", "ratio", "threshold", "log")},
+        **{heading: counted[heading] for heading in ("density", "ratio", "threshold", "residual", "staleness", "log")},
         "where": look.where or _UNKNOWN,
     }
 
@@ -107,7 +116,11 @@ def each_text(count: float | None) -> str:
 
 def age_text(rate: Rates) -> Text:
     """Say how long ago the last iteration was, loudly where that is unusual."""
-    return Text(f"{rate.age:,.1f} s ago", style="bold red" if rate.is_late else "")
+    return Text(_age(rate.age), style="bold red" if rate.is_late else "")
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds:,.1f} s ago"
 
 
 def _ratio(pushable: int, moved: int) -> str:

@@ -1269,6 +1269,8 @@ class WorkerStatistics(google.protobuf.message.Message):
     DENSITY_FIELD_NUMBER: builtins.int
     ORIGIN_FIELD_NUMBER: builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    WAITS_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Its rank."""
     state: builtins.str
@@ -1289,6 +1291,10 @@ class WorkerStatistics(google.protobuf.message.Message):
     """Host and process, for people."""
     metrics_address: builtins.str
     """Where it serves its metrics, host:port; empty if it does not."""
+    wait_seconds: builtins.float
+    """Seconds that its pushes lay here until their rounds were closed, since this process began."""
+    waits: builtins.int
+    """How many pushes those are."""
     def __init__(
         self,
         *,
@@ -1302,8 +1308,10 @@ class WorkerStatistics(google.protobuf.message.Message):
         density: builtins.float = ...,
         origin: builtins.str = ...,
         metrics_address: builtins.str = ...,
+        wait_seconds: builtins.float = ...,
+        waits: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["density", b"density", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "state", b"state", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["density", b"density", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "state", b"state", "steps", b"steps", "wait_seconds", b"wait_seconds", "waits", b"waits"]) -> None: ...
 
 global___WorkerStatistics = WorkerStatistics
 
@@ -1325,6 +1333,9 @@ class StatisticsResponse(google.protobuf.message.Message):
     THRESHOLD_FIELD_NUMBER: builtins.int
     LOG_BYTES_FIELD_NUMBER: builtins.int
     ROUND_SECONDS_FIELD_NUMBER: builtins.int
+    RESIDUAL_NORM_FIELD_NUMBER: builtins.int
+    STALENESS_FIELD_NUMBER: builtins.int
+    LAST_ITERATION_AGE_FIELD_NUMBER: builtins.int
     shard: builtins.int
     """Position of this shard."""
     shards: builtins.int
@@ -1347,6 +1358,12 @@ class StatisticsResponse(google.protobuf.message.Message):
     """Bytes of updates kept for members that have not read them."""
     round_seconds: builtins.float
     """Seconds the last round was open."""
+    residual_norm: builtins.float
+    """Root of the mean over workers of the squared norm of what they kept back in the last round; absent before it."""
+    staleness: builtins.int
+    """Versions closed since the oldest push of the last round began."""
+    last_iteration_age: builtins.float
+    """Seconds since the last round closed; absent before the first of this process."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerStatistics]:
         """One entry per rank."""
@@ -1366,9 +1383,17 @@ class StatisticsResponse(google.protobuf.message.Message):
         threshold: builtins.float | None = ...,
         log_bytes: builtins.int = ...,
         round_seconds: builtins.float = ...,
+        residual_norm: builtins.float | None = ...,
+        staleness: builtins.int = ...,
+        last_iteration_age: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "failure", b"failure", "log_bytes", b"log_bytes", "model_numel", b"model_numel", "numel", b"numel", "round_seconds", b"round_seconds", "shard", b"shard", "shards", b"shards", "state", b"state", "threshold", b"threshold", "update_density", b"update_density", "version", b"version", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_last_iteration_age", b"_last_iteration_age", "_residual_norm", b"_residual_norm", "_threshold", b"_threshold", "last_iteration_age", b"last_iteration_age", "residual_norm", b"residual_norm", "threshold", b"threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_last_iteration_age", b"_last_iteration_age", "_residual_norm", b"_residual_norm", "_threshold", b"_threshold", "failure", b"failure", "last_iteration_age", b"last_iteration_age", "log_bytes", b"log_bytes", "model_numel", b"model_numel", "numel", b"numel", "residual_norm", b"residual_norm", "round_seconds", b"round_seconds", "shard", b"shard", "shards", b"shards", "staleness", b"staleness", "state", b"state", "threshold", b"threshold", "update_density", b"update_density", "version", b"version", "workers", b"workers"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_last_iteration_age", b"_last_iteration_age"]) -> typing.Literal["last_iteration_age"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_residual_norm", b"_residual_norm"]) -> typing.Literal["residual_norm"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___StatisticsResponse = StatisticsResponse

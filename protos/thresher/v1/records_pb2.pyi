@@ -204,7 +204,7 @@ class Closed(google.protobuf.message.Message):
 
     @property
     def readers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Ranks the update was sent to at once."""
+        """Ranks the update is sent to: at once, or when they come back."""
 
     @property
     def delivered_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:

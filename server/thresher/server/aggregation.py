@@ -1,6 +1,6 @@
 """How the pushes of one round combine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from thresher.protos.consistency import Consistency
 from thresher.protos.mean import mean_of
@@ -103,8 +103,18 @@ def closed_round(
     )
 
 
-def row_of(closed: Closed, shard: int, numel: int, spec: OptimizerSpec) -> IterationRow:
-    """Return the round's line of the per-iteration file."""
+def row_of(
+    closed: Closed, shard: int, numel: int, spec: OptimizerSpec, waits: Mapping[int, float] | None = None
+) -> IterationRow:
+    """Return the round's line of the per-iteration file.
+
+    Args:
+        closed: The round.
+        shard: Where it was closed.
+        numel: Of the shard's slice.
+        spec: The optimizer as it was registered.
+        waits: Seconds that each push had been there, by rank; empty or None where that is not known any more.
+    """
     update = closed.sealed.update
     return IterationRow(
         shard=shard,
@@ -125,6 +135,7 @@ def row_of(closed: Closed, shard: int, numel: int, spec: OptimizerSpec) -> Itera
         learning_rate=learning_rate_of(spec, update.overrides),
         round_seconds=closed.round_seconds,
         staleness=max(one.staleness for one in closed.contributions),
+        barrier_seconds=tuple(waits[rank] for rank in update.contributors) if waits else None,
     )
 
 

@@ -86,6 +86,7 @@ class Engine:
         self._ended = False
         self._ending = threading.Event()
         self._told_failure = ""  # of a checkpoint
+        self._row_time: float | None = None  # on the monotonic clock, when the last row was made
         self.changes = 0
 
     def start(self, loop: asyncio.AbstractEventLoop, subscriber: Subscriber) -> None:
@@ -122,6 +123,11 @@ class Engine:
     def statistics(self) -> ShardStatistics:
         """Return the shard's counters as of its last event; from any thread."""
         return self._statistics
+
+    def last_iteration_age(self) -> float | None:
+        """Return the seconds since a round closed; None before the first of this process; from any thread."""
+        then = self._row_time
+        return None if then is None else time.monotonic() - then
 
     def _run(self) -> None:
         next_tick = time.monotonic() + _TICK_SECONDS
@@ -224,6 +230,7 @@ class Engine:
                 case effects.Restart(ranks):
                     self._loop.call_soon_threadsafe(self._subscriber.restart, ranks)
                 case effects.WriteRow(row):
+                    self._row_time = time.monotonic()
                     self._write(row)
                 case effects.Notice(text):
                     _logger.warning("%s", text)

@@ -211,6 +211,8 @@ class IterationRow:
     the squared norm of what they keep on this slice; ``threshold`` the one the round was computed with; ``staleness``
     the largest of any push, in versions. In an
     ``only_mean`` round nothing was compressed and the model stayed as it is: it is no part of densities.
+    ``barrier_seconds`` is for each contributor how long its push lay here, whole, until the round was closed; None
+    where the row was read back from the journal, which keeps no such times.
     """
 
     shard: int
@@ -231,3 +233,4 @@ class IterationRow:
     learning_rate: float | None
     round_seconds: float
     staleness: int = 0
+    barrier_seconds: tuple[float, ...] | None = None

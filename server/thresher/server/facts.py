@@ -69,7 +69,7 @@ class Closed:
         threshold: The one the round was computed with.
         residual_squared: Mean over the pushes of the squared norm of what their workers keep.
         round_seconds: From the first push to the close.
-        deliveries: To which rank it was sent at once, in how many bytes of exchange messages.
+        deliveries: To which rank it is sent, in how many bytes of exchange messages.
     """
 
     sealed: SealedUpdate

@@ -1,6 +1,7 @@
 """What workers are told of closed rounds, and what those are told who come back."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, final
 
 from thresher.protos.errors import BehindError, DataLossError, LostHistoryError
@@ -111,6 +112,22 @@ class Feed:
             Publish(self._assigned(newest, _assignments(state.shadow, told), version - told), tuple(ranks))
             for told, ranks in by_version.items()
         ]
+
+    def deliveries(self, publications: Sequence[Publish], pushes: Sequence[Push]) -> tuple[tuple[int, int], ...]:
+        """Return to whom the newest update goes, by rank, and in how many bytes of exchange messages.
+
+        In lockstep it also goes to who has pushed for it and lost its connection since: when that worker comes back.
+
+        Args:
+            publications: As `publish` returned them.
+            pushes: Of the round.
+        """
+        told = {rank: one.sealed.wire_bytes for one in publications for rank in one.ranks}
+        version = self._state.version
+        for rank in {push.worker.rank for push in pushes} - told.keys() if self._state.consistency.lockstep else ():
+            with suppress(BehindError):  # that one takes a snapshot
+                told[rank] = sum(one.wire_bytes for one in self.since(version - 1))
+        return tuple(told.items())
 
     def _assigned(self, newest: SealedUpdate, assignments: SparseGradient, versions: int) -> SealedUpdate:
         """Say with them who belongs to the run: what was said of that in between is not told on its own."""

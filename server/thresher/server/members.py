@@ -1,7 +1,7 @@
 """Who belongs to the run: one record per rank, as the shard sees it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, final
@@ -16,6 +16,15 @@ MOST_RANKS: Final = 65_536
 
 _REMEMBERED_LIVES: Final = 16
 _MOST_EPOCHS_AHEAD: Final = 65_536  # a shard that was away hears of so many changes at once at most
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """How many pushes of a worker have waited for their round to be closed, and for how many seconds in all."""
+
+    pushes: int = 0
+    seconds: float = 0.0
 
 
 class MemberState(StrEnum):
@@ -92,8 +101,13 @@ class Member:
             f"this shard {self.push_bytes} and {self.pull_bytes}"
         )
 
-    def statistics(self) -> MemberStatistics:
-        """Return a frozen picture of the member."""
+    def statistics(self, waited: Waited, *, counts: bool) -> MemberStatistics:
+        """Return a frozen picture of the member.
+
+        Args:
+            waited: How its pushes waited.
+            counts: It belongs to the run.
+        """
         return MemberStatistics(
             rank=self.rank,
             state=self.state,
@@ -105,6 +119,9 @@ class Member:
             density=self.density,
             origin=self.origin,
             metrics_address=self.metrics_address,
+            wait_seconds=waited.seconds,
+            waits=waited.pushes,
+            counts=counts,
         )
 
     def __str__(self) -> str:
@@ -180,6 +197,10 @@ class Members:
             member.state not in (MemberState.WAITED_FOR, MemberState.REGISTERED) or member.lost_at < math.inf
             for member in self.counted
         )
+
+    def statistics(self, waited: Mapping[int, Waited]) -> tuple[MemberStatistics, ...]:
+        """Return a frozen picture of all, by rank; ``waited`` is by rank too."""
+        return tuple(one.statistics(waited.get(one.rank, Waited()), counts=self.counts(one)) for one in self)
 
     def counts(self, member: Member) -> bool:
         """True when the member belongs to the run."""

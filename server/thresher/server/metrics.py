@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from thresher.protos.accounting import compression_ratio, dense_bytes
@@ -71,6 +71,7 @@ class ShardMetrics(Collector):
         """Yield counters and last values from one frozen picture of the shard."""
         now = self._statistics()
         yield from self._traffic(now)
+        yield self._waits(now)
         shard = str(now.shard)
         for name, text, value in self._totals(now):
             yield _counter(name, text, shard, value)
@@ -100,6 +101,18 @@ class ShardMetrics(Collector):
                 family.add_metric([str(now.shard)], sum(values))
             yield family
 
+    def _waits(self, now: ShardStatistics) -> Metric:
+        text = "Time that a whole push lay here until its round was closed."
+        labels = ["shard", "worker"] if self._per_worker else ["shard"]
+        summary = SummaryMetricFamily("thresher_wait_seconds", text, labels=labels)
+        if self._per_worker:
+            for member in now.members:
+                summary.add_metric([str(now.shard), str(member.rank)], member.waits, member.wait_seconds)
+        else:
+            waits, seconds = sum(m.waits for m in now.members), sum(m.wait_seconds for m in now.members)
+            summary.add_metric([str(now.shard)], waits, seconds)
+        return summary
+
     def _totals(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
         yield "thresher_iterations", "Rounds closed.", now.version
         yield (
@@ -114,7 +127,9 @@ class ShardMetrics(Collector):
         )
 
     def _last_values(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
-        yield "thresher_members", "Workers that belong to the run.", sum(m.state != "left" for m in now.members)
+        counted = [member.state for member in now.members if member.counts]
+        yield "thresher_members", "Workers that belong to the run.", len(counted)
+        yield "thresher_lost_members", "Those of them that were here, and are not now.", counted.count("lost")
         yield "thresher_log_bytes", "Memory of the update log.", now.log_bytes
         if self._journal_bytes is not None:
             yield "thresher_journal_bytes", "Log and checkpoints on the disk.", self._journal_bytes()
@@ -130,6 +145,7 @@ class ShardMetrics(Collector):
             yield "thresher_staleness", "Versions closed since the oldest push of the last round began.", row.staleness
             norm = math.sqrt(row.residual_squared)
             yield "thresher_residual_norm", "Root of the mean over workers of the squared residual norm.", norm
+        if self._last_iteration:
             yield "thresher_last_iteration_timestamp_seconds", "When the last round closed.", self._last_iteration
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], shard: str) -> Histogram:

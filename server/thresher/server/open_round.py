@@ -6,7 +6,7 @@ from typing import final
 
 from thresher.protos.consistency import Consistency
 from thresher.server.events import Push
-from thresher.server.members import Member
+from thresher.server.members import Member, Waited
 
 
 @final
@@ -15,14 +15,19 @@ class OpenRound:
 
     Attributes:
         opened_at: When the first push of the open round was let in.
+        waits: How many seconds the pushes of the round that was closed last had been here, by rank.
+        waited: The same, of all rounds so far.
     """
 
     def __init__(self) -> None:
         """Begin empty."""
         self._pushes: dict[int, Push] = {}
-        self._held: dict[int, tuple[Push, float]] = {}  # in the order in which they came, and since when
+        self._held: dict[int, Push] = {}  # in the order in which they came
+        self._came_at: dict[int, float] = {}  # of each push, let in or held
         self._quorum_at = math.inf
         self.opened_at = 0.0
+        self.waits: dict[int, float] = {}
+        self.waited: dict[int, Waited] = {}
 
     @property
     def pushes(self) -> Mapping[int, Push]:
@@ -32,21 +37,23 @@ class OpenRound:
     @property
     def waiting(self) -> dict[int, Push]:
         """All that have come, by rank."""
-        return {**self._pushes, **{rank: push for rank, (push, _) in self._held.items()}}
+        return {**self._pushes, **self._held}
 
     def since(self) -> float:
         """Return when the oldest of them came; infinity when there is none."""
-        return min([at for _, at in self._held.values()] + ([self.opened_at] if self._pushes else []), default=math.inf)
+        held = [self._came_at[rank] for rank in self._held]
+        return min(held + ([self.opened_at] if self._pushes else []), default=math.inf)
 
     def hold(self, push: Push, now: float) -> None:
         """Take a push that came; `let_in` says when it takes part."""
-        self._held[push.worker.rank] = push, now
+        self._held[push.worker.rank] = push
+        self._came_at[push.worker.rank] = now
 
     def let_in(self, consistency: Consistency, awaited: Collection[Member], now: float) -> None:
         """Move held pushes into the round: in sync all, in async one, in ssp one that is not too far ahead."""
         slowest = min((member.pace for member in awaited), default=0)
         head_starts = {member.rank: member.head_start for member in awaited}
-        for rank, (push, _) in list(self._held.items()):
+        for rank, push in list(self._held.items()):
             if self._pushes and consistency.mode != "sync":
                 return
             ahead = push.step + head_starts.get(rank, 0) - slowest
@@ -74,12 +81,17 @@ class OpenRound:
         self._quorum_at = min(self._quorum_at, now)
         return now - self._quorum_at >= consistency.grace
 
-    def take(self) -> list[Push]:
+    def take(self, now: float) -> list[Push]:
         """Close: return its pushes in rank order, and begin the next one."""
-        pushes = [self._pushes[rank] for rank in sorted(self._pushes)]
+        ranks = sorted(self._pushes)
+        pushes = [self._pushes[rank] for rank in ranks]
+        self.waits = {rank: now - self._came_at.pop(rank) for rank in ranks}
+        for rank, seconds in self.waits.items():
+            before = self.waited.get(rank, Waited())
+            self.waited[rank] = Waited(before.pushes + 1, before.seconds + seconds)
         self._pushes, self._quorum_at = {}, math.inf
         return pushes
 
     def clear(self) -> None:
         """Forget everything: the workers send it again."""
-        self._pushes, self._held, self._quorum_at = {}, {}, math.inf
+        self._pushes, self._held, self._came_at, self._quorum_at = {}, {}, {}, math.inf

@@ -152,7 +152,7 @@ class AggregationServicer(AggregationServiceServicer):
 
     async def Statistics(self, request: pb.StatisticsRequest, context: Context) -> pb.StatisticsResponse:
         """Return counters."""
-        return statistics_to_message(self._engine.statistics())
+        return statistics_to_message(self._engine.statistics(), self._engine.last_iteration_age())
 
     # Translation
 

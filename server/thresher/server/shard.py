@@ -132,7 +132,7 @@ class Shard:
             version=state.version,
             numel=state.piece.numel if state.piece else 0,
             model_numel=opened.registration.layout.numel if opened else 0,
-            members=tuple(member.statistics() for member in state.members),
+            members=state.members.statistics(self._round.waited),
             verdicts={str(verdict): count + self._refused[verdict] for verdict, count in state.verdicts.items()},
             residual_squared_total=state.residual_squared_total,
             log_bytes=self._feed.bytes,
@@ -278,7 +278,7 @@ class Shard:
 
     def _close(self, now: float) -> list[Effect]:
         state = self._state
-        pushes = self._round.take()
+        pushes = self._round.take(now)
         update = update_of(
             pushes,
             len(state.members.counted),
@@ -301,8 +301,7 @@ class Shard:
         except OptimizerError as error:
             return self._fail(f"round {state.version} of {self} cannot be applied: {error}")
         publications = self._feed.publish(told)
-        delivered = tuple((rank, one.sealed.wire_bytes) for one in publications for rank in one.ranks)
-        closed = replace(closed, deliveries=delivered)
+        closed = replace(closed, deliveries=self._feed.deliveries(publications, pushes))
         state.deliver(closed)
         self._last_row = self._row(closed)
         self._feed.cut(now)
@@ -391,7 +390,7 @@ class Shard:
             raise RoundFailedError(self._failure)
 
     def _row(self, closed: Closed) -> IterationRow:
-        return row_of(closed, self._config.shard, self._state.slice.numel, self._state.spec)
+        return row_of(closed, self._config.shard, self._state.slice.numel, self._state.spec, self._round.waits)
 
     def _checkpoint(self, *, wait: bool) -> list[Effect]:
         if self._state.replica is None:

@@ -10,7 +10,11 @@ from thresher.server.events import IterationRow
 @final
 @dataclass(frozen=True, slots=True)
 class MemberStatistics:
-    """One worker, as its shard sees it now."""
+    """One worker, as its shard sees it now.
+
+    ``waits`` is how many of its pushes have been in a round that was closed since this process began, ``wait_seconds``
+    how long those lay here until then; ``counts`` says that it belongs to the run.
+    """
 
     rank: int
     state: str
@@ -22,6 +26,9 @@ class MemberStatistics:
     density: float
     origin: str
     metrics_address: str
+    wait_seconds: float = 0.0
+    waits: int = 0
+    counts: bool = True
 
 
 @final

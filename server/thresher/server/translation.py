@@ -1,6 +1,7 @@
 """Messages ↔ events and effects: pure functions, no waiting."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -175,8 +176,8 @@ def snapshot_to_messages(snapshot: effects.Snapshot, data: bytes) -> Iterator[pb
         yield message
 
 
-def statistics_to_message(now: ShardStatistics) -> pb.StatisticsResponse:
-    """Write a shard's counters."""
+def statistics_to_message(now: ShardStatistics, last_iteration_age: float | None) -> pb.StatisticsResponse:
+    """Write a shard's counters; the age of its last iteration is in seconds."""
     row = now.last_row
     return pb.StatisticsResponse(
         shard=now.shard,
@@ -190,7 +191,7 @@ def statistics_to_message(now: ShardStatistics) -> pb.StatisticsResponse:
             pb.WorkerStatistics(
                 rank=m.rank, state=m.state, steps=m.steps, push_bytes=m.push_bytes, pull_bytes=m.pull_bytes,
                 pushed_elements=m.pushed_elements, pushable_elements=m.pushable_elements, density=m.density,
-                origin=m.origin, metrics_address=m.metrics_address,
+                origin=m.origin, metrics_address=m.metrics_address, wait_seconds=m.wait_seconds, waits=m.waits,
             )
             for m in now.members
         ],
@@ -198,6 +199,9 @@ def statistics_to_message(now: ShardStatistics) -> pb.StatisticsResponse:
         threshold=now.threshold,
         log_bytes=now.log_bytes,
         round_seconds=row.round_seconds if row else 0.0,
+        residual_norm=math.sqrt(row.residual_squared) if row else None,
+        staleness=row.staleness if row else 0,
+        last_iteration_age=last_iteration_age,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -61,7 +61,7 @@ class ShardClient:
     """Exchanges pushes for updates with one shard.
 
     ``push_bytes`` and ``pull_bytes`` count the messages of the exchange, continuations included, each once;
-    ``resent_bytes`` what was said again.
+    ``resent_bytes`` what was said again. ``first_update`` is the version of the first update that came, and its bytes.
 
     Args:
         calls: To the shard; their patience is how long it is looked for when it was lost.
@@ -89,6 +89,7 @@ class ShardClient:
         self.history = pb.History()
         self.reconnects = 0
         self.push_bytes = self.pull_bytes = self.resent_bytes = 0
+        self.first_update: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         """For people: ``shard 1 at 127.0.0.1:50052``."""
@@ -132,7 +133,7 @@ class ShardClient:
         """Send a push; returns before it has left. It is kept until it is answered."""
         self._said = f"its push of step {push.step}"
         messages = list(_messages(pb.ExchangeRequest(push=push), frame))
-        self.push_bytes += sum(message.ByteSize() for message in messages)
+        self.push_bytes += _bytes_of(messages)
         self._say(messages)
         reached(self._who, "in flight")
 
@@ -247,7 +248,7 @@ class ShardClient:
                 for message in self._unanswered:
                     if message.HasField("leave"):
                         message.leave.counted = False  # bytes were lost, or told twice
-                self.resent_bytes += sum(message.ByteSize() for message in self._unanswered)
+                self.resent_bytes += _bytes_of(self._unanswered)
             self._responses = self.calls.exchange(iter(self._outbox.get, None))
 
     def _converse(self) -> None:
@@ -312,6 +313,7 @@ class ShardClient:
     def _take_update(self, body: pb.Update, frame: bytearray, wire_bytes: int) -> None:
         update = update_from_message(body, frame, self._piece)
         self.pull_bytes += wire_bytes
+        self.first_update = self.first_update or (update.version, wire_bytes)
         self.history.version, self.history.digest = max(self.history.version, update.version), update.digest
         self._inbox.put(update)
 
@@ -359,6 +361,15 @@ class ShardClient:
             self._inbox.put(Returned(step, "while there was no connection"))
         elif not first.push.only_mean:
             self._inbox.put(Settled(step))
+
+
+def push_bytes_of(push: pb.Push, frame: bytes) -> int:
+    """Return the bytes of exchange messages that a push takes."""
+    return _bytes_of(_messages(pb.ExchangeRequest(push=push), frame))
+
+
+def _bytes_of(messages: Iterable[pb.ExchangeRequest]) -> int:
+    return sum(message.ByteSize() for message in messages)
 
 
 def _messages(first: pb.ExchangeRequest, payload: bytes) -> Iterator[pb.ExchangeRequest]:

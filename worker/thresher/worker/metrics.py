@@ -70,11 +70,12 @@ class WorkerMetrics(Collector):
             counter.add_metric([worker], total)
             yield counter
         for name, text, seconds in (
-            ("thresher_compress_seconds", "Correct, select and keep.", now.compress_seconds),
-            ("thresher_wait_seconds", "Framing, waiting for updates and replaying them.", now.wait_seconds),
+            ("thresher_compute_seconds", "The script's own work, between exchanges.", now.compute_seconds),
+            ("thresher_compress_seconds", "Gather, correct, select, frame and keep.", now.compress_seconds),
+            ("thresher_exchange_seconds", "Send, wait for updates, replay and copy them.", now.exchange_seconds),
         ):
             summary = SummaryMetricFamily(name, text, labels=["worker"])
-            summary.add_metric([worker], count_value=now.steps, sum_value=seconds)
+            summary.add_metric([worker], count_value=now.timed_steps, sum_value=seconds)
             yield summary
         for name, text, last in (
             ("thresher_worker_push_density", "Density of the last push.", now.density),

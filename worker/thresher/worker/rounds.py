@@ -24,7 +24,7 @@ from thresher.protos.sparse import SparseGradient
 from thresher.protos.update import Membership, Presence, Update, pack_presence
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.calls import pauses
-from thresher.worker.client import Returned, Settled, Told
+from thresher.worker.client import Returned, Settled, Told, push_bytes_of
 from thresher.worker.joining import JoinedShard
 from thresher.worker.reunion import catch_up, refill
 
@@ -67,6 +67,7 @@ class Rounds:
         number: How many rounds this worker has taken part in: what the protocol calls its step.
         membership: Who belongs to the run, as the first shard said last.
         follows: This worker goes on without the state of its schedule: the others say what is in force.
+        said_before: Bytes of the pushes of the round that `resume` goes on with which need not be said again.
     """
 
     def __init__(
@@ -80,12 +81,13 @@ class Rounds:
         """Begin where the shards are."""
         self.rank, self.shards = rank, tuple(shards)
         self._untrained = untrained
-        self._consistency, self._optimizer = consistency, optimizer
+        self.consistency, self._optimizer = consistency, optimizer
         self._pending: list[Pending] = []
         self._settled: list[bool] = []
         self._pulled = 0  # bytes, when the round began
         self.number = 0
         self.follows = False
+        self.said_before = 0
         self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
     @property
@@ -154,7 +156,7 @@ class Rounds:
         outcome.pulled_bytes = self._pull_bytes - self._pulled
         self.number += 1
         self._pending = []
-        if self._consistency.lockstep and not self._is_next(self.number):
+        if self.consistency.lockstep and not self._is_next(self.number):
             self.await_admission()
         return outcome
 
@@ -185,7 +187,7 @@ class Rounds:
             whole: This worker has counted its bytes since it first joined. In lockstep the shards compare them with
                 theirs; elsewhere updates are on their way whenever it leaves.
         """
-        counted = whole and self._consistency.lockstep
+        counted = whole and self.consistency.lockstep
         for index, shard in enumerate(self.shards):
             kept = residual[shard.slice.begin : shard.slice.end]
             leave = pb.Leave(abandoned_squared=float(torch.dot(kept, kept)), counted=counted)
@@ -228,6 +230,8 @@ class Rounds:
         """
         self.number, self._pending = step, list(pending)
         self._settled = [shard.answer.settled_steps > step for shard in self.shards]
+        known = [one for one, settled in zip(self._pending, self._settled, strict=True) if settled]
+        self.said_before = sum(push_bytes_of(pb.Push.FromString(said), frame) for said, frame in known)
         for shard, settled, (said, frame) in zip(self.shards, self._settled, self._pending, strict=True):
             if not settled:
                 self._push(shard, pb.Push.FromString(said), frame)
@@ -248,9 +252,9 @@ class Rounds:
             ]
             self.resume(self.number - 1, [(push.SerializeToString(), b"") for push in lost])
             self.finish()
-        elif self._consistency.lockstep and self.rank not in self.membership.ranks:
+        elif self.consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
-        for shard in self.shards if self._consistency.lockstep else ():  # a round may have closed behind a snapshot
+        for shard in self.shards if self.consistency.lockstep else ():  # a round may have closed behind a snapshot
             while shard.follower.version < self.number:
                 self._follow(shard)
 
@@ -304,7 +308,7 @@ class Rounds:
             told = self._follow(shard)
             match told:
                 case Returned(step=of, reason=reason) if of == step:  # an earlier one may be told twice
-                    level = logging.WARNING if self._consistency.lockstep else logging.INFO
+                    level = logging.WARNING if self.consistency.lockstep else logging.INFO
                     _logger.log(level, "worker %d has step %d back from %s: %s", self.rank, step, shard.client, reason)
                     returned = self._settled[index] = True
                 case Settled(step=of) if of == step:
@@ -321,7 +325,7 @@ class Rounds:
 
     def _is_done(self, index: int, shard: JoinedShard) -> bool:
         """True when the push has its verdict, and this worker is where the round has left the shard."""
-        arrived = not self._consistency.lockstep or shard.follower.version > self.number
+        arrived = not self.consistency.lockstep or shard.follower.version > self.number
         return self._settled[index] and arrived and not shard.repeats
 
     def _was_returned(self, shard: JoinedShard, step: int) -> bool:
@@ -329,7 +333,7 @@ class Rounds:
         return answer.settled_steps == step + 1 and answer.last_verdict == pb.VERDICT_RETURNED
 
     def _contains(self, update: Update, push: pb.Push) -> bool:
-        if not self._consistency.lockstep:
+        if not self.consistency.lockstep:
             return (self.rank, push.step) in update.arrivals
         # A round may have been closed without this worker; then its push comes back.
         return update.version == push.step + 1 and (push.skipped or self.rank in update.contributors)
@@ -371,7 +375,7 @@ class Rounds:
         is_first = shard is self.shards[0]
         if isinstance(error, LostHistoryError):
             untrained = self._untrained() if is_first else {}
-            refill(shard, error, lockstep=self._consistency.lockstep, membership=self.membership, untrained=untrained)
+            refill(shard, error, lockstep=self.consistency.lockstep, membership=self.membership, untrained=untrained)
             return
         snapshot = catch_up(shard, self._optimizer)
         if is_first:

@@ -1,7 +1,6 @@
 """The step: gather → compress → push → wait → replay → copy back. `Session._exchange` tells it on one screen."""
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -24,6 +23,7 @@ from thresher.worker.metrics import WorkerMetrics
 from thresher.worker.parameters import ModelParameters
 from thresher.worker.placement import Message, placed
 from thresher.worker.progress import Progress, Schedule
+from thresher.worker.recording import Listener, Recorder
 from thresher.worker.remembering import Remembering
 from thresher.worker.rounds import Rounds
 from thresher.worker.selection import Selection
@@ -74,7 +74,7 @@ class Session:
         self._termination = Termination(self._leave)
         self._metrics: WorkerMetrics | None = None
         self._selection: Selection | None = None
-        self._statistics = WorkerStatistics(settings.rank)
+        self._recorder = Recorder(settings.rank)
         self._closed = False
 
     @property
@@ -135,6 +135,8 @@ class Session:
         self._placement = placed(spec, self._settings.method, self._model, self._selection.feedback)
         if self._settings.metrics_listen is not None:
             self._metrics = WorkerMetrics(self.statistics, self._settings.metrics_listen)
+        if self._settings.rows is not None:
+            self._recorder.open(self._settings.rows)
         try:
             self._join(spec)
         except BaseException:
@@ -142,7 +144,8 @@ class Session:
             raise
         self._termination.listen()
         self._restart()
-        self._count(None, compress_seconds=0.0, wait_seconds=0.0)
+        resumed, layout = self._progress.resumed, self._model.layout
+        self._recorder.start(layout, self._rounds, self._selection, self.step, resumed=resumed)
         StepHooks(optimizer, self._model, self._exchange, self._publish_state)
         return self
 
@@ -216,7 +219,16 @@ class Session:
 
     def statistics(self) -> WorkerStatistics:
         """Return this worker's counters; from any thread."""
-        return self._statistics
+        return self._recorder.statistics
+
+    def on_step(self, listener: Listener) -> None:
+        """Call ``listener`` with the `WorkerRow` of each step that exchanges with the shards, in the loop's thread.
+
+        Listeners are called in the order in which they came, before ``optimizer.step()`` returns, when the model has
+        the new parameters. What one raises comes out of ``optimizer.step()``. A step in which this worker was killed
+        is told by its next life, also where the last one had just told it.
+        """
+        self._recorder.listen(listener)
 
     def close(self) -> None:
         """Leave the run: the other workers go on without this one. Safe to repeat.
@@ -284,16 +296,14 @@ class Session:
         """Make one step: alone between rounds, and with all shards where a round is due."""
         if self._closed:
             raise ProtocolError("this session is closed: optimizer.step() has nobody to exchange gradients with")
+        self._recorder.begin()
         remembering = self._remembering
-        if remembering is not None and remembering.kept is not None:  # killed in this step: its message is the kept one
-            self._finish()
-            remembering.repeated(self._rounds)
-            self._count(None, compress_seconds=0.0, wait_seconds=0.0)
+        if remembering is not None and remembering.kept is not None:
+            self._repeat(remembering, remembering.kept)
             return
         leaving = self._termination.noticed
         groups = hyperparameters_of(self._optimizer)
         overrides = self._placement.overrides(groups)
-        begin = time.perf_counter()
         gradient = None if skip else self._gradient(inverse_scale)
         reached(f"worker {self.rank}", "gradient")
         if gradient is not None:
@@ -309,13 +319,20 @@ class Session:
         reached(f"worker {self.rank}", "compress")
         if remembering is not None:
             remembering.keep(self._rounds)
-        compressed = time.perf_counter()
+        self._recorder.framed()
         self._rounds.send()
         self._finish()
-        self._count(sent, compress_seconds=compressed - begin, wait_seconds=time.perf_counter() - compressed)
+        self._recorder.end(self.step, self._rounds, self._selecting, sent)
         if leaving:
             self.close()
             raise SystemExit(EXIT_STATUS)
+
+    def _repeat(self, remembering: Remembering, kept: Mapping[str, Any]) -> None:
+        """Finish the step in which this worker was killed: its message is the kept one."""
+        self._recorder.framed()
+        self._finish()
+        remembering.repeated(self._rounds)
+        self._recorder.end_repeated(self.step, self._rounds, self._selecting, kept["number"], kept["pending"])
 
     def _finish(self) -> None:
         """Hear what became of the round, and begin the next."""
@@ -359,25 +376,6 @@ class Session:
         """Put into the model where the next gradient is to be taken."""
         self._model.assign(self._placement.point(self._rounds.pieces))
 
-    def _count(self, sent: SparseGradient | None, *, compress_seconds: float, wait_seconds: float) -> None:
-        then = self._statistics
-        self._statistics = WorkerStatistics(
-            rank=self.rank,
-            steps=self.step,
-            skipped=then.skipped + (sent is None and wait_seconds > 0),
-            numel=self._model.layout.numel,
-            push_bytes=tuple(shard.client.push_bytes for shard in self._rounds.shards),
-            pull_bytes=tuple(shard.client.pull_bytes for shard in self._rounds.shards),
-            resent_bytes=tuple(shard.client.resent_bytes for shard in self._rounds.shards),
-            setup_bytes=sum(shard.client.calls.setup_bytes for shard in self._rounds.shards),
-            pushed_elements=then.pushed_elements + (sent.count if sent is not None else 0),
-            density=sent.density if sent is not None else 0.0,
-            residual_norm=float(self.residual.norm()),
-            threshold=self._selecting.threshold,
-            compress_seconds=then.compress_seconds + compress_seconds,
-            wait_seconds=then.wait_seconds + wait_seconds,
-        )
-
     # Leaving
 
     def _leave(self, error: BaseException | None) -> None:
@@ -394,6 +392,7 @@ class Session:
     def _end(self) -> None:
         self._termination.ignore()
         self._rounds.close()
+        self._recorder.close()
         if self._remembering is not None:
             self._remembering.close()
         if self._metrics is not None:

@@ -49,6 +49,7 @@ class Settings:
         reconnect_timeout: Seconds to look for a shard that was lost; no less than the shards' lease.
         threshold_factor: This worker's factor on the run's λ: above 1 where its uplink is slow.
         metrics_listen: ``host:port`` of the Prometheus endpoint; port 0 takes a free one, None serves none.
+        rows: File of a line per step (see `WorkerRow`); None writes none.
         insecure: Plain text beyond this machine is fine.
         credentials: What is shown to the shards, and trusted.
     """
@@ -66,6 +67,7 @@ class Settings:
     reconnect_timeout: float = RECONNECT_SECONDS
     threshold_factor: float = 1.0
     metrics_listen: str | None = None
+    rows: Path | None = None
     insecure: bool = False
     credentials: Credentials = NO_CREDENTIALS
 
@@ -105,6 +107,7 @@ class Settings:
             **{name.upper(): getattr(self.consistency, name) for name in _CONSISTENCY},
             "THRESHOLD_FACTOR": self.threshold_factor,
             "METRICS": self.metrics_listen,
+            "ROWS": self.rows,
             "INSECURE": self.insecure,
             "TLS_CA": tls and tls.ca,
             "TLS_CERT": tls and tls.certificate,
@@ -166,6 +169,7 @@ def settings_from(environment: Mapping[str, str] = os.environ, *, addresses: str
         reconnect_timeout=RECONNECT_SECONDS if patience is None else patience,
         threshold_factor=1.0 if factor is None else factor,
         metrics_listen=found.get("METRICS"),
+        rows=Path(found["ROWS"]) if "ROWS" in found else None,
         insecure=_flag(found, "INSECURE"),
         credentials=_credentials(found),
     )

@@ -22,8 +22,10 @@ class WorkerStatistics:
         density: Density of the last push.
         residual_norm: Norm of what is kept.
         threshold: In force for the next step; None for methods without one.
-        compress_seconds: Correct, select, keep.
-        wait_seconds: The rest of each step: framing, waiting for updates, replaying them, copying parameters.
+        timed_steps: Steps that the seconds below are of: those this process made with the shards.
+        compute_seconds: Between exchanges: the script's own work.
+        compress_seconds: Gather, check, correct, select, frame, keep.
+        exchange_seconds: Send, wait for updates, replay them, copy parameters.
     """
 
     rank: int
@@ -38,5 +40,7 @@ class WorkerStatistics:
     density: float = 0.0
     residual_norm: float = 0.0
     threshold: float | None = None
+    timed_steps: int = 0
+    compute_seconds: float = 0.0
     compress_seconds: float = 0.0
-    wait_seconds: float = 0.0
+    exchange_seconds: float = 0.0
