@@ -175,7 +175,7 @@ class Shard:
             if member.incarnation:  # its lease goes on until the new life exchanges
                 member.lost_at = min(member.lost_at, now)
             written.append(self._fold(Admitted(request.worker, request.origin, request.metrics_address)))
-        member.among = request.workers
+        member.among = 0 if config.workers else request.workers
         state.members.expect(request.workers, now)
         answer = effects.Registered(
             history=state.history,
