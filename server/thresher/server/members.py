@@ -46,6 +46,7 @@ class Member:
         verdict: What became of it.
         steps: Pushes applied.
         head_start: Steps it was given when it was let in: of ssp, where others had made more by then.
+        residual_squared: Sum of squares of what it kept back on this slice, with its last push.
         among: How many workers there are, as it was told; 0 where shards were, or that was another life of this shard.
     """
 
@@ -63,6 +64,7 @@ class Member:
     verdict: Verdict = Verdict.APPLIED
     steps: int = 0
     head_start: int = 0
+    residual_squared: float = 0.0
     among: int = 0
     push_bytes: int = 0
     pull_bytes: int = 0

@@ -135,6 +135,7 @@ class Shard:
             members=tuple(member.statistics() for member in state.members),
             verdicts={str(verdict): count + self._refused[verdict] for verdict, count in state.verdicts.items()},
             residual_squared_total=state.residual_squared_total,
+            lost_squared_total=state.lost_squared_total,
             log_bytes=self._feed.bytes,
             threshold=state.threshold,
             last_row=self._last_row,
