@@ -35,6 +35,8 @@ from thresher.worker import Method
 
 SHARDS, WORKERS, NODES = 4, 4, 3
 KILL_AT: Final = 100  # steps: a third of the run
+PASSES: Final = 25  # 300 steps of four workers
+LONG: Final = 75  # passes: time for Ray Train to make its group anew, twice
 PAUSE: Final = 0.05
 LEASE: Final = 240.0  # on a busy machine Ray Train may need a minute to start its group again
 SHORT_LEASE: Final = 10.0  # of who is not meant to come back
@@ -136,10 +138,19 @@ class Storm:
             )
         )
 
-    def drive(self, name: str, *workers: int) -> "subprocess.Popen[bytes]":
+    def drive(self, name: str, *workers: int, passes: int = PASSES) -> "subprocess.Popen[bytes]":
         """Start a driver, which trains."""
         numbers = [str(number) for number in workers or (WORKERS,)]
-        options = ["--pause", str(PAUSE), "--storage", str(self.folder / "train"), "--workers", *numbers]
+        options = [
+            "--passes",
+            str(passes),
+            "--pause",
+            str(PAUSE),
+            "--storage",
+            str(self.folder / "train"),
+            "--workers",
+            *numbers,
+        ]
         with (self.folder / f"{name}.log").open("ab") as log:
             driver = subprocess.Popen(
                 [sys.executable, WORKER, name, *options],
@@ -198,7 +209,7 @@ class Storm:
             self.nodes.pop().kill()
         self.add_node(seats=2)
         self.start(name, workers=2, lease=SHORT_LEASE)
-        driver = self.drive(name, 2, 4)
+        driver = self.drive(name, 2, 4, passes=LONG)
         for seats, number in ((2, 4), (1, 3)):
             begun = version(name)
             wait_for(lambda begun=begun: version(name) >= begun + KILL_AT, f"{KILL_AT} steps of {name}")

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from thresher.worker import connect
 
-PASSES = 25  # of 12 steps for four workers
-
 
 def data() -> tuple[TensorDataset, TensorDataset]:
     digits = load_digits()
@@ -41,7 +39,7 @@ def train(config: dict[str, Any]) -> None:
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [15, 20], gamma=0.3)
     session = connect(config["address"]).wrap(model, optimizer)
     session.keep(schedule=schedule)
-    for _ in session.passes(PASSES):
+    for _ in session.passes(config["passes"]):
         for images, labels in session.batches(loader):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
@@ -58,7 +56,7 @@ def fit(options: argparse.Namespace) -> None:
     least, most = min(options.workers), max(options.workers)
     trainer = TorchTrainer(
         train,
-        train_loop_config={"address": f"ray://{options.name}", "pause": options.pause},
+        train_loop_config={"address": f"ray://{options.name}", "pause": options.pause, "passes": options.passes},
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
             resources_per_worker={"CPU": 1, "seat": 1},
@@ -75,9 +73,10 @@ if __name__ == "__main__":
     parser.add_argument("name", nargs="?", help="of a run on a Ray cluster")
     parser.add_argument("--workers", type=int, nargs="+", default=[4], help="how many; the least and the most")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds of each step, so that there is time to kill")
+    parser.add_argument("--passes", type=int, default=25, help="over the data; of 12 steps for four workers")
     parser.add_argument("--storage", help="where Ray Train keeps its own")
     options = parser.parse_args()
     if options.name:
         fit(options)
     else:
-        train({"address": None, "pause": options.pause})
+        train({"address": None, "pause": options.pause, "passes": options.passes})

@@ -237,6 +237,23 @@ def test_a_worker_without_its_memory_goes_on_where_the_others_are(
     assert [book.seen_in(number) for number in range(PASSES)] == [Counter(range(SAMPLES))] * PASSES
 
 
+def test_what_is_gone_with_a_memory_is_booked(tmp_path: Path) -> None:
+    """Each shard knows what its slice of it was; by a hard threshold none of it reaches that."""
+    book, lost = Book(), torch.zeros(SIZE)
+
+    def lose(session: Session) -> None:
+        (tmp_path / "workers" / f"worker-{session.rank}.state").unlink()
+        lost.copy_(session.residual)
+        book.forget(session)
+
+    with cluster(2, 3, tmp_path, method=SPARSE, worker_memory=True) as served:
+        run(served, book.script, 3, Deaths({1: "gradient"}, in_round(22), lose), again=lambda: None)
+        booked = [served.statistics(shard).lost_squared_total for shard in (0, 1)]
+    assert SPARSE.threshold is not None
+    assert 0 < lost.abs().max() < SPARSE.threshold
+    assert booked == [float(lost[piece.begin : piece.end].square().sum()) for piece in PIECES]
+
+
 def test_a_worker_that_was_away_goes_on_where_the_others_are(tmp_path: Path) -> None:
     """It comes back with its memory when its lease is over: all come to one end, and what it had kept back is sent."""
     book = Book()

@@ -116,6 +116,7 @@ def test_who_was_told_another_number_than_one_that_exchanges_is_refused() -> Non
         RegistrationError, match=r"worker 2 was told that it is one of 4, worker 1 .*one of 3; start all"
     ):
         members.check_admission(register(2, workers=4), 0)
+    members.check_admission(register(3, workers=4), 3)  # a further one, where shards know how many begin
     members.seat(0).settle(0, 7, Verdict.APPLIED)
     members.check_admission(register(2, workers=4), 0)
 

@@ -23,7 +23,8 @@ MEMBERS = (
 )
 NOW = ShardStatistics(
     shard=1, shards=2, state="training", failure="", version=3, numel=1000, model_numel=2000, members=MEMBERS,
-    verdicts={"applied": 5, "duplicate": 1, "returned": 0, "rejected": 2}, residual_squared_total=20.0, log_bytes=512,
+    verdicts={"applied": 5, "duplicate": 1, "returned": 0, "rejected": 2}, residual_squared_total=20.0,
+    lost_squared_total=0.25, log_bytes=512,
     threshold=0.25, last_row=ROW,
 )  # fmt: skip
 

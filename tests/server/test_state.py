@@ -1,5 +1,7 @@
 """What a shard must never forget: it changes by records only, and a checkpoint holds all of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.server.dialogues import CONFIG, LAYOUT, Journaled, begin, close_round, lasting, leave, push, register
@@ -35,6 +37,12 @@ def closed(version: int, step: int = 0, membership: Membership | None = None, di
     update = Update(version, 2, (0,), mean, (True, True), arrivals=((0, step),), membership=membership, bookmark=place)
     one = Contribution(0, step, 55, 100, 4, 0, heard=True)
     return Closed(sealed(update, digest), (one,), 0.25, 1.0, 0.5, ((0, 40),))
+
+
+def kept_back(round_: Closed, residual_squared: float, *, forgot: bool) -> Closed:
+    """The same round, with what its pusher keeps back, or that it has forgotten."""
+    (one,) = round_.contributions
+    return replace(round_, contributions=(replace(one, residual_squared=residual_squared, forgot=forgot),))
 
 
 def test_nothing_is_known_before_the_first_registration() -> None:
@@ -98,6 +106,18 @@ def test_who_departs_leaves_what_it_had_not_sent_and_its_buffers() -> None:
         state.fold(Departed(rank, 2.5, {"bn.mean": torch.full((2,), 3.0)} if rank == 0 else {}))
     assert (state.abandoned_squared_total, state.phase) == (5.0, "finished")
     assert state.untrained["bn.mean"].tolist() == [3.0, 3.0]
+
+
+def test_what_a_worker_had_kept_back_is_booked_when_it_has_forgotten_it() -> None:
+    """As it was told with the push before; once, and not what it takes with it when it leaves. A mean tells nothing."""
+    state = seeded()
+    for version, (residual_squared, forgot) in enumerate([(4.0, False), (1.0, True), (2.0, False)], start=1):
+        state.fold(kept_back(closed(version, digest=state.digest), residual_squared, forgot=forgot))
+    assert state.lost_squared_total == 4.0
+    assert RunState.restored(state.table(), state.tensors()).lost_squared_total == 4.0
+    state.fold(Departed(0, 2.0))
+    state.fold(kept_back(closed(4, digest=state.digest), 0.0, forgot=True))
+    assert state.lost_squared_total == 4.0
 
 
 def test_agreements_are_kept_as_long_as_somebody_may_ask_again() -> None:

@@ -222,7 +222,7 @@ def test_a_snapshot_says_in_its_first_part_what_it_is(threshold: float | None) -
 def test_counters_are_written_whole() -> None:
     """Also before the first round, when there is no last row."""
     member = MemberStatistics(3, "exchanging", 1, 2, 3, 4, 5, 0.5, "host:3", "host:1", 0.75, 6)
-    now = ShardStatistics(0, 2, "failed", "why", 7, 4, 8, (member,), {}, 0.0, 99, 0.25, None)
+    now = ShardStatistics(0, 2, "failed", "why", 7, 4, 8, (member,), {}, 0.0, 0.0, 99, 0.25, None)
     assert statistics_to_message(now, 1.5) == pb.StatisticsResponse(
         shard=0, shards=2, state="failed", failure="why", version=7, numel=4, model_numel=8, threshold=0.25,
         log_bytes=99, last_iteration_age=1.5,

@@ -819,6 +819,7 @@ class Push(google.protobuf.message.Message):
     LOST_FIELD_NUMBER: builtins.int
     BOOKMARK_FIELD_NUMBER: builtins.int
     FOLLOWS_FIELD_NUMBER: builtins.int
+    FORGOT_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Number of this push, counted from 0: with the rank, its identity. In lockstep, the version of every shard."""
     version: builtins.int
@@ -837,6 +838,8 @@ class Push(google.protobuf.message.Message):
     """True when the worker has lost its state, and with it what it would have said in this step."""
     follows: builtins.bool
     """True when the hyper-parameters are not this worker's to say: it goes on without the state of its schedule."""
+    forgot: builtins.bool
+    """True in the first push of a worker that has lost its state: what its earlier life kept back is gone."""
     @property
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Override]:
         """Hyper-parameters that differ from the registered ones."""
@@ -864,9 +867,10 @@ class Push(google.protobuf.message.Message):
         lost: builtins.bool = ...,
         bookmark: global___Bookmark | None = ...,
         follows: builtins.bool = ...,
+        forgot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "membership", b"membership", "next_threshold", b"next_threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "follows", b"follows", "lost", b"lost", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "follows", b"follows", "forgot", b"forgot", "lost", b"lost", "membership", b"membership", "next_threshold", b"next_threshold", "only_mean", b"only_mean", "overrides", b"overrides", "presence", b"presence", "residual_squared", b"residual_squared", "skipped", b"skipped", "step", b"step", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Push = Push

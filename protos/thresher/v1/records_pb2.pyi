@@ -143,6 +143,8 @@ class Contribution(google.protobuf.message.Message):
     ELEMENTS_FIELD_NUMBER: builtins.int
     STALENESS_FIELD_NUMBER: builtins.int
     HEARD_FIELD_NUMBER: builtins.int
+    RESIDUAL_SQUARED_FIELD_NUMBER: builtins.int
+    FORGOT_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Who pushed."""
     step: builtins.int
@@ -157,6 +159,10 @@ class Contribution(google.protobuf.message.Message):
     """Versions between the one it was computed on and the one before it was applied."""
     heard: builtins.bool
     """False for a push with nothing to say, which has weight 0."""
+    residual_squared: builtins.float
+    """Sum of squares of what its worker keeps back on this slice."""
+    forgot: builtins.bool
+    """True when what was kept back before is gone."""
     def __init__(
         self,
         *,
@@ -167,8 +173,10 @@ class Contribution(google.protobuf.message.Message):
         elements: builtins.int = ...,
         staleness: builtins.int = ...,
         heard: builtins.bool = ...,
+        residual_squared: builtins.float = ...,
+        forgot: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "elements", b"elements", "heard", b"heard", "rank", b"rank", "staleness", b"staleness", "step", b"step", "wire_bytes", b"wire_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "elements", b"elements", "forgot", b"forgot", "heard", b"heard", "rank", b"rank", "residual_squared", b"residual_squared", "staleness", b"staleness", "step", b"step", "wire_bytes", b"wire_bytes"]) -> None: ...
 
 global___Contribution = Contribution
 
@@ -302,6 +310,7 @@ class Seat(google.protobuf.message.Message):
     PUSHABLE_ELEMENTS_FIELD_NUMBER: builtins.int
     DENSITY_FIELD_NUMBER: builtins.int
     HEAD_START_FIELD_NUMBER: builtins.int
+    RESIDUAL_SQUARED_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Its rank."""
     incarnation: builtins.int
@@ -332,6 +341,8 @@ class Seat(google.protobuf.message.Message):
     """Density of its last push."""
     head_start: builtins.int
     """Steps it was given when it was let in, where others had made more by then."""
+    residual_squared: builtins.float
+    """Sum of squares of what it kept back on this slice, with its last push."""
     @property
     def retired(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Its earlier incarnations, which are fenced."""
@@ -355,8 +366,9 @@ class Seat(google.protobuf.message.Message):
         pushable_elements: builtins.int = ...,
         density: builtins.float = ...,
         head_start: builtins.int = ...,
+        residual_squared: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["density", b"density", "head_start", b"head_start", "incarnation", b"incarnation", "last_content", b"last_content", "last_verdict", b"last_verdict", "left", b"left", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "retired", b"retired", "settled_steps", b"settled_steps", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["density", b"density", "head_start", b"head_start", "incarnation", b"incarnation", "last_content", b"last_content", "last_verdict", b"last_verdict", "left", b"left", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "residual_squared", b"residual_squared", "retired", b"retired", "settled_steps", b"settled_steps", "steps", b"steps"]) -> None: ...
 
 global___Seat = Seat
 
@@ -394,12 +406,15 @@ class Table(google.protobuf.message.Message):
     NEWEST_FIELD_NUMBER: builtins.int
     AGREEMENTS_FIELD_NUMBER: builtins.int
     BOOKMARK_FIELD_NUMBER: builtins.int
+    LOST_SQUARED_TOTAL_FIELD_NUMBER: builtins.int
     next_threshold: builtins.float
     """Threshold for the coming round; absent for methods without one."""
     residual_squared_total: builtins.float
     """Sum over rounds of the mean squared residual."""
     abandoned_squared_total: builtins.float
     """Sum of squares of what workers took with them."""
+    lost_squared_total: builtins.float
+    """Sum of squares of what was kept back and is gone with workers' memories."""
     @property
     def opened(self) -> global___Opened:
         """The beginning of the run."""
@@ -451,9 +466,10 @@ class Table(google.protobuf.message.Message):
         newest: global___Closed | None = ...,
         agreements: collections.abc.Iterable[thresher.v1.aggregation_pb2.Agreed] | None = ...,
         bookmark: thresher.v1.aggregation_pb2.Bookmark | None = ...,
+        lost_squared_total: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "abandoned_squared_total", b"abandoned_squared_total", "agreements", b"agreements", "bookmark", b"bookmark", "history", b"history", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened", "overrides", b"overrides", "residual_squared_total", b"residual_squared_total", "seats", b"seats", "verdicts", b"verdicts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_threshold", b"_next_threshold", "abandoned_squared_total", b"abandoned_squared_total", "agreements", b"agreements", "bookmark", b"bookmark", "history", b"history", "lost_squared_total", b"lost_squared_total", "membership", b"membership", "newest", b"newest", "next_threshold", b"next_threshold", "opened", b"opened", "overrides", b"overrides", "residual_squared_total", b"residual_squared_total", "seats", b"seats", "verdicts", b"verdicts"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_threshold", b"_next_threshold"]) -> typing.Literal["next_threshold"] | None: ...
 
 global___Table = Table

@@ -94,6 +94,8 @@ def closed_round(
                 elements=push.gradient.count if push.gradient is not None else 0,
                 staleness=version - push.version,
                 heard=push.gradient is not None,
+                residual_squared=push.residual_squared,
+                forgot=push.forgot,
             )
             for push in pushes
         ),

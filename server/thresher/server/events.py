@@ -97,7 +97,8 @@ class Push:
     ``content`` identifies what was sent: equal for a repetition, different for anything else. ``membership`` is what
     the first shard told the worker. ``lost`` says that the worker has lost its state, and that this is a stand-in.
     ``bookmark`` is where the worker's loop is after this step. ``follows`` says that its hyper-parameters are those of
-    the others, whatever it says: it goes on without the state of its schedule.
+    the others, whatever it says: it goes on without the state of its schedule. ``forgot`` says that it has begun anew,
+    and that what its earlier life kept back is gone.
     """
 
     worker: Worker
@@ -115,6 +116,7 @@ class Push:
     content: int = 0
     bookmark: Bookmark | None = None
     follows: bool = False
+    forgot: bool = False
 
 
 @final

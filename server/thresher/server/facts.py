@@ -47,7 +47,11 @@ class Admitted:
 @final
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One push in a closed round. ``heard`` is False for one that had nothing to say."""
+    """One push in a closed round.
+
+    ``heard`` is False for one that had nothing to say. ``residual_squared`` is what its worker keeps back on this
+    slice, ``forgot`` says that what it kept back before is gone.
+    """
 
     rank: int
     step: int
@@ -56,6 +60,8 @@ class Contribution:
     elements: int
     staleness: int
     heard: bool
+    residual_squared: float = 0.0
+    forgot: bool = False
 
 
 @final
@@ -226,7 +232,7 @@ def closed_to_message(closed: Closed) -> disk.Closed:
         contributions=[
             disk.Contribution(
                 rank=one.rank, step=one.step, content=one.content, wire_bytes=one.wire_bytes, elements=one.elements,
-                staleness=one.staleness, heard=one.heard,
+                staleness=one.staleness, heard=one.heard, residual_squared=one.residual_squared, forgot=one.forgot,
             )
             for one in closed.contributions
         ],
@@ -242,7 +248,17 @@ def closed_from_message(message: disk.Closed, piece: Slice) -> Closed:
     """Read a closed round of a slice."""
     update = update_from_message(message.update, message.frame, piece)
     contributions = tuple(
-        Contribution(one.rank, one.step, one.content, one.wire_bytes, one.elements, one.staleness, one.heard)
+        Contribution(
+            one.rank,
+            one.step,
+            one.content,
+            one.wire_bytes,
+            one.elements,
+            one.staleness,
+            one.heard,
+            one.residual_squared,
+            one.forgot,
+        )
         for one in message.contributions
     )
     return Closed(

@@ -55,7 +55,8 @@ class Member:
         verdict: What became of it.
         steps: Pushes applied.
         head_start: Steps it was given when it was let in: of ssp, where others had made more by then.
-        among: How many workers there are, as it was told; 0 where that was another life of this shard.
+        residual_squared: Sum of squares of what it kept back on this slice, with its last push.
+        among: How many workers there are, as it was told; 0 where shards were, or that was another life of this shard.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class Member:
     verdict: Verdict = Verdict.APPLIED
     steps: int = 0
     head_start: int = 0
+    residual_squared: float = 0.0
     among: int = 0
     push_bytes: int = 0
     pull_bytes: int = 0
@@ -280,7 +282,7 @@ class Members:
                 f"worker {rank} of {request.workers} asks to join a run that began with {announced} workers; "
                 "start shards and workers with the same number of workers"
             )
-        self.check_company(rank, request.workers)
+        self.check_company(rank, 0 if announced else request.workers)
         member = self._by_rank.get(rank)
         if member is not None and request.worker.incarnation in member.retired:
             raise FencedError(_fenced(member, request.worker))
@@ -289,6 +291,10 @@ class Members:
         """Refuse a worker that was told another number of workers than one that exchanges, before any round is closed.
 
         Each would take another share of the data. Who does not exchange may be of a group that is gone.
+
+        Args:
+            rank: The worker's.
+            among: How many workers there are, as it was told; 0 where nobody is refused for that.
 
         Raises:
             RegistrationError: it names both.

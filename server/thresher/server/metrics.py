@@ -121,6 +121,11 @@ class ShardMetrics(Collector):
             now.residual_squared_total,
         )
         yield (
+            "thresher_lost_error",
+            "Squared norms of what was kept back and is gone with workers' memories.",
+            now.lost_squared_total,
+        )
+        yield (
             "thresher_dense_bytes",
             "What the same pushes and updates would be as dense float32.",
             dense_bytes(_pushable(now)),

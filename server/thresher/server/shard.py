@@ -135,6 +135,7 @@ class Shard:
             members=state.members.statistics(self._round.waited),
             verdicts={str(verdict): count + self._refused[verdict] for verdict, count in state.verdicts.items()},
             residual_squared_total=state.residual_squared_total,
+            lost_squared_total=state.lost_squared_total,
             log_bytes=self._feed.bytes,
             threshold=state.threshold,
             last_row=self._last_row,
@@ -175,7 +176,7 @@ class Shard:
             if member.incarnation:  # its lease goes on until the new life exchanges
                 member.lost_at = min(member.lost_at, now)
             written.append(self._fold(Admitted(request.worker, request.origin, request.metrics_address)))
-        member.among = request.workers
+        member.among = 0 if config.workers else request.workers
         state.members.expect(request.workers, now)
         answer = effects.Registered(
             history=state.history,

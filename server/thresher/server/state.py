@@ -90,6 +90,7 @@ class RunState:
         self.verdicts = dict.fromkeys(Verdict, 0)
         self.residual_squared_total = 0.0
         self.abandoned_squared_total = 0.0
+        self.lost_squared_total = 0.0
 
     @property
     def version(self) -> int:
@@ -158,6 +159,7 @@ class RunState:
                 self.members.seat(rank).state = MemberState.LEFT
                 self.members.dismiss(rank, decides=self.decides)
                 self.abandoned_squared_total += abandoned_squared
+                self.members.seat(rank).residual_squared = 0.0
                 self.untrained.update(buffers)
             case Membership():
                 self.members.adopt(record)
@@ -233,7 +235,10 @@ class RunState:
         member.steps += 1
         member.push_bytes += one.wire_bytes
         self.verdicts[Verdict.APPLIED] += 1
-        if not only_mean:  # what is pushed for a mean only is no part of densities
+        if one.forgot:
+            self.lost_squared_total += member.residual_squared
+        if not only_mean:  # what is pushed for a mean only is no part of densities, and says nothing of residuals
+            member.residual_squared = one.residual_squared
             numel = self.slice.numel
             member.pushed_elements += one.elements
             member.pushable_elements += numel
@@ -259,6 +264,7 @@ class RunState:
             verdicts={str(verdict): count for verdict, count in self.verdicts.items()},
             residual_squared_total=self.residual_squared_total,
             abandoned_squared_total=self.abandoned_squared_total,
+            lost_squared_total=self.lost_squared_total,
             newest=closed_to_message(self.newest) if self.newest is not None else None,
             agreements=[pb.Agreed(number=one.number, values=one.values) for one in self.agreements.values()],
             bookmark=None if self.bookmark is None else bookmark_to_message(self.bookmark),
@@ -315,6 +321,7 @@ class RunState:
         self.verdicts.update({Verdict(name): count for name, count in message.verdicts.items()})
         self.residual_squared_total = message.residual_squared_total
         self.abandoned_squared_total = message.abandoned_squared_total
+        self.lost_squared_total = message.lost_squared_total
         if message.HasField("newest"):
             self.newest = closed_from_message(message.newest, self.slice)
         self.agreements = {one.number: Agreed(one.number, dict(one.values)) for one in message.agreements}
@@ -333,6 +340,7 @@ def _seat_to_message(member: Member) -> disk.Seat:
         last_content=member.content, last_verdict=VERDICTS[member.verdict], steps=member.steps,
         push_bytes=member.push_bytes, pull_bytes=member.pull_bytes, pushed_elements=member.pushed_elements,
         pushable_elements=member.pushable_elements, density=member.density, head_start=member.head_start,
+        residual_squared=member.residual_squared,
     )  # fmt: skip
 
 
@@ -347,3 +355,4 @@ def _seat_from_message(seat: disk.Seat, member: Member) -> None:
     member.steps, member.push_bytes, member.pull_bytes = seat.steps, seat.push_bytes, seat.pull_bytes
     member.pushed_elements, member.pushable_elements = seat.pushed_elements, seat.pushable_elements
     member.density, member.head_start = seat.density, seat.head_start
+    member.residual_squared = seat.residual_squared

@@ -46,6 +46,7 @@ class ShardStatistics:
     members: tuple[MemberStatistics, ...]
     verdicts: Mapping[str, int]
     residual_squared_total: float
+    lost_squared_total: float
     log_bytes: int
     threshold: float | None
     last_row: IterationRow | None

@@ -133,6 +133,7 @@ def push_from_message(
         content=_content(push, payload),
         bookmark=bookmark_from_message(push.bookmark) if push.HasField("bookmark") else None,
         follows=push.follows,
+        forgot=push.forgot,
     )
 
 

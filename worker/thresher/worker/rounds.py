@@ -68,6 +68,7 @@ class Rounds:
         membership: Who belongs to the run, as the first shard said last.
         follows: This worker goes on without the state of its schedule: the others say what is in force.
         said_before: Bytes of the pushes of the round that `resume` goes on with which need not be said again.
+        forgot: It has lost its state, and no push of it has said so yet.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Rounds:
         self._settled: list[bool] = []
         self._pulled = 0  # bytes, when the round began
         self.number = 0
-        self.follows = False
+        self.follows = self.forgot = False
         self.said_before = 0
         self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
@@ -136,10 +137,12 @@ class Rounds:
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
                 follows=self.follows,
+                forgot=self.forgot,
                 bookmark=None if bookmark is None or self._pending else bookmark_to_message(bookmark),
             )
             frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
             self._pending.append((push.SerializeToString(), frame))
+        self.forgot = False
 
     def send(self) -> None:
         """Push to all shards; returns before it has left."""
@@ -247,13 +250,14 @@ class Rounds:
         self.number = max(answer.settled_steps + answer.in_open_round for answer in answers)
         if any(answer.settled_steps < self.number for answer in answers):
             lost = [
-                pb.Push(step=self.number - 1, version=shard.follower.version, skipped=True, lost=True)
+                pb.Push(step=self.number - 1, version=shard.follower.version, skipped=True, lost=True, forgot=True)
                 for shard in self.shards
             ]
             self.resume(self.number - 1, [(push.SerializeToString(), b"") for push in lost])
             self.finish()
         elif self.consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
+        self.forgot = self.number > 0
         for shard in self.shards if self.consistency.lockstep else ():  # a round may have closed behind a snapshot
             while shard.follower.version < self.number:
                 self._follow(shard)
