@@ -4,15 +4,9 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.protos.bookmarks import bookmarks
 
 from thresher.protos.bookmark import Bookmark, furthest
-
-counts = st.integers(0, 2**31)
-shares = st.lists(st.tuples(st.integers(1, 2**31), counts), min_size=1, max_size=4).map(tuple)
-bookmarks = st.builds(
-    lambda first, more, passes, begun, dealt, *rest: Bookmark(first + more, passes, begun, first, dealt, *rest),
-    counts, counts, counts, st.integers(1, 2**31), shares, counts, counts,
-)  # fmt: skip
 
 
 @given(bookmarks, st.integers(1, 9))

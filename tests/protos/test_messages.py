@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.protos.bookmarks import bookmarks
 
 from thresher.protos.bookmark import Bookmark
 from thresher.protos.codec import encode
@@ -177,14 +178,6 @@ def test_every_frame_of_a_slice_is_within_its_bound(kept: set[int], data: st.Dat
     numbers = data.draw(st.lists(st.floats(width=32, allow_nan=False), min_size=len(kept), max_size=len(kept)))
     gradient = SparseGradient(torch.tensor(sorted(kept), dtype=torch.int64), torch.tensor(numbers), PIECE.numel)
     assert len(encode(gradient)) <= payload_bound(PIECE)
-
-
-counts = st.integers(0, 2**31)
-shares = st.lists(st.tuples(st.integers(1, 2**31), counts), min_size=1, max_size=4).map(tuple)
-bookmarks = st.builds(
-    lambda first, more, passes, begun, dealt, *rest: Bookmark(first + more, passes, begun, first, dealt, *rest),
-    counts, counts, counts, st.integers(1, 2**31), shares, counts, counts,
-)  # fmt: skip
 
 
 @given(bookmarks)

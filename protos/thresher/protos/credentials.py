@@ -22,6 +22,18 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what RFC 6750 allows behi
 _logger = logging.getLogger(__name__)
 
 
+def check_named(ca: Path | None, certificate: Path | None, key: Path | None) -> None:
+    """Refuse what cannot be one end of TLS, whatever is in the files.
+
+    Raises:
+        ConfigurationError: when there is a certificate without key or the reverse, or neither certificate nor ``ca``.
+    """
+    if (certificate is None) != (key is None):
+        raise ConfigurationError("a certificate and its private key go together; name both or neither")
+    if ca is None and certificate is None:
+        raise ConfigurationError("TLS needs an authority to trust, a certificate to show with its key, or both")
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
@@ -43,10 +55,7 @@ class TlsFiles:
 
     def __post_init__(self) -> None:
         """Read everything once, so that a wrong file is told now and not by a handshake."""
-        if (self.certificate is None) != (self.key is None):
-            raise ConfigurationError("a certificate and its private key go together; name both or neither")
-        if self.ca is None and self.certificate is None:
-            raise ConfigurationError("TLS needs an authority to trust, a certificate to show with its key, or both")
+        check_named(self.ca, self.certificate, self.key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.ca is not None:
             _check_authority(context, self.ca)

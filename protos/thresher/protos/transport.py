@@ -160,6 +160,15 @@ class _Bearer(
         return continuation(self._with_token(client_call_details), request_iterator)
 
 
+def any_port(host: str) -> str:
+    """Return the address of a port on ``host`` that is free when somebody listens there.
+
+    >>> any_port("10.0.0.1"), any_port("::1")
+    ('10.0.0.1:0', '[::1]:0')
+    """
+    return f"[{host}]:0" if ":" in host else f"{host}:0"
+
+
 def check_address(address: str, *, insecure: bool, encrypted: bool = False) -> None:
     """Refuse to speak in the clear beyond this machine, unless that is asked for.
 

@@ -54,7 +54,7 @@ def doubts(request: Register, first: Register | None, bookmark: Bookmark | None)
     if bookmark is not None and bookmark.workers != request.workers:
         found.append(
             f"worker {request.worker.rank} takes its share of the data as one of {request.workers}, so far they were "
-            f"dealt for {bookmark.workers}: all workers must be started with the same number"
+            f"dealt for {bookmark.workers}: where all are started with that number, the rest of the pass is dealt anew"
         )
     return "; ".join(found)
 

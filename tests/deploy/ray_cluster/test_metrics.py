@@ -1,9 +1,7 @@
 """A shard's metrics among Ray's: what a node's endpoint shows is what the shard's registry holds."""
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import urllib.request
@@ -19,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from thresher.deploy.in_process import in_process
 from thresher.deploy.ray_cluster import metrics
+from thresher.deploy.ray_cluster.local import local_cluster
 from thresher.deploy.ray_cluster.metrics import bridge
 from thresher.server.metrics import ShardMetrics
 from thresher.worker import Session
@@ -34,21 +33,9 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """The port of the only node's metrics. Ray hands them over each second instead of each ten."""
-    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: a socket's path
-    try:
-        ray.init(
-            "local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=str(session),
-            _system_config={"metrics_report_interval_ms": 1000},
-        )
+    with local_cluster(num_cpus=1, _system_config={"metrics_report_interval_ms": 1000}):
         (node,) = ray.nodes()  # type: ignore[no-untyped-call]
         yield f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    finally:
-        ray.shutdown()
-        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher.deploy.ray_cluster.cluster import ShardStatus, down, status, up
 from thresher.deploy.ray_cluster.config import RayConfig
+from thresher.deploy.ray_cluster.local import local_cluster
 from thresher.deploy.ray_cluster.targets import document, serve, write
 from thresher.protos.errors import ConfigurationError
 from thresher.worker import Method, Settings, connect
@@ -71,10 +70,8 @@ def test_a_port_that_is_taken_is_refused() -> None:
 @pytest.fixture(scope="module")
 def run() -> Iterator[None]:
     """Two shards on a Ray of our own, and a worker that was there for a step and stays."""
-    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: a socket's path
     method = Method(threshold=0.0)
-    try:
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(session))
+    with local_cluster(num_cpus=2):
         up(RayConfig(RUN, shards=2, method=method, durability="none", insecure=True), deadline=SECONDS)
         shards = tuple(one.address for one in status(RUN))
         settings = Settings(shards, 0, 1, method=method, insecure=True, metrics_listen="127.0.0.1:0")
@@ -86,9 +83,6 @@ def run() -> Iterator[None]:
             optimizer.step()
             yield
         down(RUN, timeout=SECONDS)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(session, ignore_errors=True)
 
 
 def got(address: str) -> tuple[int, Message, bytes]:

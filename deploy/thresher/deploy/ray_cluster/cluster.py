@@ -16,7 +16,7 @@ from thresher.deploy.ray_cluster.calls import actors_of, alive_nodes, answers, a
 from thresher.deploy.ray_cluster.config import RayConfig
 from thresher.deploy.ray_cluster.shard import RemoteShard, Whereabouts
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ThresherError
-from thresher.protos.transport import check_address
+from thresher.protos.transport import any_port, check_address
 from thresher.worker.directory import check_run
 
 _logger = logging.getLogger(__name__)
@@ -259,7 +259,11 @@ def _drain(actors: Mapping[int, Any], until: float) -> None:
     drained = answers({shard: actors[shard].drain.remote() for shard in here}, max(0.0, until - time.monotonic()))
     for shard, error in (where | drained).items():
         if isinstance(error, ThresherError):
-            _logger.warning("shard %d is ended without a checkpoint, and loses nothing: %s", shard, error)
+            _logger.warning(
+                "shard %d is ended without a checkpoint; what it has told is in its journal, where it keeps one: %s",
+                shard,
+                error,
+            )
 
 
 def _kill(actors: Mapping[int, Any]) -> None:
@@ -273,5 +277,5 @@ def _kill(actors: Mapping[int, Any]) -> None:
 def _check_nodes(config: RayConfig) -> None:
     """Refuse plain text between nodes, unless it is asked for, before anything is placed on one."""
     for node in alive_nodes():
-        listen = config.listen(node["NodeManagerAddress"])
+        listen = any_port(node["NodeManagerAddress"])
         check_address(listen, insecure=config.insecure, encrypted=config.tls is not None)

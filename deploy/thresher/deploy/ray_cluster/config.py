@@ -7,7 +7,7 @@ from typing import Final, final, get_args
 
 from thresher.deploy.launch_config import Durability
 from thresher.protos.consistency import Consistency
-from thresher.protos.credentials import TlsFiles
+from thresher.protos.credentials import TlsFiles, check_named
 from thresher.protos.errors import ConfigurationError
 from thresher.protos.timeouts import (
     LEASE_SECONDS,
@@ -16,6 +16,7 @@ from thresher.protos.timeouts import (
     START_SECONDS,
     patience_with_shards,
 )
+from thresher.protos.transport import any_port
 from thresher.server.config import ShardConfig
 from thresher.server.server import ServerConfig
 from thresher.worker import Method, Settings
@@ -48,10 +49,7 @@ class TlsPaths:
 
     def __post_init__(self) -> None:
         """Check what can be seen without the files."""
-        if (self.certificate is None) != (self.key is None):
-            raise ConfigurationError("a certificate and its private key go together; name both or neither")
-        if self.ca is None and self.certificate is None:
-            raise ConfigurationError("TLS needs an authority to trust, a certificate to show with its key, or both")
+        check_named(self.ca, self.certificate, self.key)
 
     def read(self) -> TlsFiles:
         """Return the files as they are on this node. Raises ConfigurationError when they cannot be used."""
@@ -133,11 +131,6 @@ class RayConfig:
         self._shard(0)  # the two check the rest
         self._settings()
 
-    @staticmethod
-    def listen(host: str) -> str:
-        """Return where a shard listens on ``host``: at a port that is free there."""
-        return f"[{host}]:0" if ":" in host else f"{host}:0"
-
     def server(self, shard: int, host: str) -> ServerConfig:
         """Return what one shard is told that serves on ``host``, which this is.
 
@@ -146,8 +139,8 @@ class RayConfig:
         """
         return ServerConfig(
             self._shard(shard),
-            listen=self.listen(host),
-            metrics_listen=self.listen(host),
+            listen=any_port(host),
+            metrics_listen=any_port(host),
             state_dir=None if self.state_dir is None else self.state_dir / f"shard-{shard}",
             sync=self.durability == "disk",
             checkpoints=self.checkpoints,

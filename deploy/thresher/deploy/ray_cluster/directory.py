@@ -13,6 +13,7 @@ import ray  # noqa: E402
 from thresher.deploy.ray_cluster.calls import actor_of, actors_of, answers, attach, own_ip  # noqa: E402
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError, ThresherError  # noqa: E402
 from thresher.protos.timeouts import CONNECT_SECONDS  # noqa: E402
+from thresher.protos.transport import any_port  # noqa: E402
 
 _ANSWER_SECONDS: Final = 5.0
 _PAUSE_SECONDS: Final = 0.5
@@ -41,7 +42,7 @@ class RayDirectory:
                     "says what is known of them"
                 )
             time.sleep(_PAUSE_SECONDS)
-        return {**told, "THRESHER_METRICS": _free_port_here(), **_place_in_train()}
+        return {**told, "THRESHER_METRICS": any_port(own_ip()), **_place_in_train()}
 
     def locate(self, run: str, shard: int) -> str:
         """Return ``host:port`` of where a shard is now.
@@ -66,11 +67,6 @@ def _of_any_shard(run: str) -> dict[str, Any] | None:
     ray.wait(list(calls.values()), num_returns=1, timeout=_ANSWER_SECONDS)
     told = answers(calls, 0.0).values()
     return next((variables for variables in told if not isinstance(variables, ThresherError)), None)
-
-
-def _free_port_here() -> str:
-    ip = own_ip()
-    return f"[{ip}]:0" if ":" in ip else f"{ip}:0"
 
 
 def _place_in_train() -> dict[str, str]:
