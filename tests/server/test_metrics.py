@@ -19,7 +19,7 @@ ROW = IterationRow(
 )  # fmt: skip
 MEMBERS = (
     MemberStatistics(0, "exchanging", 3, 1000, 700, 45, 3000, 0.015, "a:1", ""),
-    MemberStatistics(1, "left", 2, 800, 600, 30, 2000, 0.015, "b:2", ""),
+    MemberStatistics(1, "left", 2, 800, 600, 30, 2000, 0.015, "b:2", "", counts=False),
 )
 NOW = ShardStatistics(
     shard=1, shards=2, state="training", failure="", version=3, numel=1000, model_numel=2000, members=MEMBERS,

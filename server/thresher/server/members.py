@@ -94,8 +94,8 @@ class Member:
             f"this shard {self.push_bytes} and {self.pull_bytes}"
         )
 
-    def statistics(self) -> MemberStatistics:
-        """Return a frozen picture of the member."""
+    def statistics(self, *, counts: bool) -> MemberStatistics:
+        """Return a frozen picture of the member; ``counts`` says whether it belongs to the run."""
         return MemberStatistics(
             rank=self.rank,
             state=self.state,
@@ -107,6 +107,7 @@ class Member:
             density=self.density,
             origin=self.origin,
             metrics_address=self.metrics_address,
+            counts=counts,
         )
 
     def __str__(self) -> str:

@@ -119,7 +119,7 @@ class ShardMetrics(Collector):
         )
 
     def _last_values(self, now: ShardStatistics) -> Iterator[tuple[str, str, float]]:
-        yield "thresher_members", "Workers that belong to the run.", sum(m.state != "left" for m in now.members)
+        yield "thresher_members", "Workers that belong to the run.", sum(m.counts for m in now.members)
         yield "thresher_log_bytes", "Memory of the update log.", now.log_bytes
         if self._journal_bytes is not None:
             yield "thresher_journal_bytes", "Log and checkpoints on the disk.", self._journal_bytes()

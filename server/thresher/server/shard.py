@@ -132,7 +132,7 @@ class Shard:
             version=state.version,
             numel=state.piece.numel if state.piece else 0,
             model_numel=opened.registration.layout.numel if opened else 0,
-            members=tuple(member.statistics() for member in state.members),
+            members=tuple(one.statistics(counts=state.members.counts(one)) for one in state.members),
             verdicts={str(verdict): count + self._refused[verdict] for verdict, count in state.verdicts.items()},
             residual_squared_total=state.residual_squared_total,
             lost_squared_total=state.lost_squared_total,

@@ -10,7 +10,7 @@ from thresher.server.events import IterationRow
 @final
 @dataclass(frozen=True, slots=True)
 class MemberStatistics:
-    """One worker, as its shard sees it now."""
+    """One worker, as its shard sees it now; ``counts`` says that it belongs to the run."""
 
     rank: int
     state: str
@@ -22,6 +22,7 @@ class MemberStatistics:
     density: float
     origin: str
     metrics_address: str
+    counts: bool = True
 
 
 @final
