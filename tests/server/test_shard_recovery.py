@@ -68,8 +68,10 @@ def test_the_others_go_on_without_a_member_that_is_away_for_longer_than_its_leas
     close_round(shard, (0, 1), 0)
     say(shard, lost(2), 1.0)
     assert say(shard, events.Tick(), 1.0 + LEASE - 0.1) == []
+    assert [member.counts for member in shard.statistics().members] == [True, True, True]
     update = only(effects.Publish, say(shard, events.Tick(), 1.0 + LEASE)).sealed.update
     assert (update.members, update.contributors, update.membership) == (3, (0, 1), Membership(1, (0, 1)))
+    assert [member.counts for member in shard.statistics().members] == [True, True, False]
     update = only(effects.Publish, close_round(shard, (0, 1), 1, now=7.0)).sealed.update
     assert (update.members, update.membership) == (2, None)
 

@@ -95,6 +95,21 @@ def test_a_refilled_shard_knows_where_the_loops_are() -> None:
     assert snapshot_of(shard).bookmark == places[2]
 
 
+def test_a_refilled_shard_knows_how_many_agreements_there_have_been() -> None:
+    """The numbers are gone, how many there were is told with the place of the loops: the next one is made as ever."""
+    told, journal = training(), journaled()
+    close_round(told, (0, 1), 0)
+    journal.say(refill_of(told, bookmark=Bookmark(1, 1, 1, 0, ((2, 1),), agreements=2)))
+    for rank in (0, 1):
+        journal.say(hello(rank, history_of(told)))
+    with pytest.raises(ProtocolError, match="asks for agreement 1, which is forgotten; 2 is next"):
+        journal.say(events.Agree(Worker(0, 1), 1, {"loss": 1.0}))
+    journal.say(events.Agree(Worker(0, 1), 2, {"loss": 1.0}))
+    agreed = only(effects.Tell, journal.say(events.Agree(Worker(1, 1), 2, {"loss": 3.0}))).agreed
+    assert (agreed.number, agreed.values) == (2, {"loss": 2.0})
+    assert lasting(journal.replayed()) == lasting(journal.shard._state)
+
+
 def test_a_refilled_shard_knows_its_history() -> None:
     """Its log is empty, yet who comes with another past is told so."""
     journal = journaled()

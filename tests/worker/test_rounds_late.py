@@ -85,6 +85,20 @@ def test_a_return_that_is_told_twice_is_given_back_once() -> None:
         assert not rounds.finish().returned
 
 
+def test_a_loss_is_told_until_a_push_that_says_so_is_applied() -> None:
+    """Returned pushes change nothing at the shard, which would not book what is lost."""
+    with hearing() as (rounds, client):
+        rounds.shards[0].answer.settled_steps = 1
+        rounds.begin()
+        said = []
+        for verdict in (Returned(1, "it is too stale"), Settled(2), Settled(3)):
+            push(rounds, 1.0)
+            said.append(pb.Push.FromString(rounds.pending[0][0]).forgot)
+            say(client, verdict)
+            rounds.finish()
+    assert said == [True, True, False]
+
+
 @pytest.mark.parametrize("verdict", [Returned(0, "it was closed"), Settled(0)])
 def test_a_mean_that_was_made_without_this_worker_is_not_waited_for(verdict: Told) -> None:
     """The verdict is all there is to come, and the round is over with it."""

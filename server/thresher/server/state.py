@@ -121,8 +121,9 @@ class RunState:
 
     @property
     def agreed(self) -> int:
-        """How many agreements there have been."""
-        return max(self.agreements, default=-1) + 1
+        """How many agreements there have been; after a refill, which brings none of them, the bookmark says so."""
+        told = self.bookmark.agreements if self.bookmark is not None else 0
+        return max(max(self.agreements, default=-1) + 1, told)
 
     @property
     def spec(self) -> OptimizerSpec:

@@ -49,6 +49,7 @@ class JoinedShard:
         threshold: Of the coming round; None for methods without one.
         bookmark: Where the members' loops are; None where nobody has told, and for other than the first shard.
         repeats: Its newest update is in the follower already, and will come once more.
+        forgot: This worker has lost its state, and no push has told the shard so yet.
     """
 
     client: ShardClient
@@ -60,6 +61,7 @@ class JoinedShard:
     threshold: float | None
     bookmark: Bookmark | None = None
     repeats: bool = False
+    forgot: bool = False
 
 
 def join(

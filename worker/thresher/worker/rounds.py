@@ -68,7 +68,6 @@ class Rounds:
         membership: Who belongs to the run, as the first shard said last.
         follows: This worker goes on without the state of its schedule: the others say what is in force.
         said_before: Bytes of the pushes of the round that `resume` goes on with which need not be said again.
-        forgot: It has lost its state, and no push of it has said so yet.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Rounds:
         self._settled: list[bool] = []
         self._pulled = 0  # bytes, when the round began
         self.number = 0
-        self.follows = self.forgot = False
+        self.follows = False
         self.said_before = 0
         self.membership = membership_from_message(shards[0].answer.membership) if shards else Membership(0, ())
 
@@ -137,12 +136,12 @@ class Rounds:
                 residual_squared=float(torch.dot(kept, kept)),
                 next_threshold=proposal,
                 follows=self.follows,
-                forgot=self.forgot,
+                forgot=shard.forgot,
                 bookmark=None if bookmark is None or self._pending else bookmark_to_message(bookmark),
             )
             frame = b"" if sent is None else encode(sent.slice(piece.begin, piece.end))
+            shard.forgot = False
             self._pending.append((push.SerializeToString(), frame))
-        self.forgot = False
 
     def send(self) -> None:
         """Push to all shards; returns before it has left."""
@@ -257,7 +256,8 @@ class Rounds:
             self.finish()
         elif self.consistency.lockstep and self.rank not in self.membership.ranks:
             self.await_admission()
-        self.forgot = self.number > 0
+        for shard in self.shards:
+            shard.forgot = self.number > 0
         for shard in self.shards if self.consistency.lockstep else ():  # a round may have closed behind a snapshot
             while shard.follower.version < self.number:
                 self._follow(shard)
@@ -324,6 +324,7 @@ class Rounds:
         shard.client.answered()
         if found is not None:
             outcome.updates.append(found)
+        shard.forgot = returned and push.forgot  # nobody has heard it, then
         if returned and frame and not push.only_mean:
             outcome.returned.append((shard.slice, decode(frame, numel=shard.slice.numel)))
 

@@ -242,7 +242,7 @@ def _status(
         where.metrics_address,
         where.pid,
         how["version"],
-        sum(member["state"] != "left" for member in members),
+        sum(member["counts"] for member in members),
         sum(member["push_bytes"] for member in members),
         sum(member["pull_bytes"] for member in members),
         how["last_iteration_age"],
