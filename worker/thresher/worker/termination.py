@@ -43,12 +43,14 @@ class Termination:
         self.noticed = False
         self._process = 0
         self._earlier: object = None
+        self._thread = threading.current_thread()
 
     def listen(self) -> None:
         """Wait for the end; take over SIGTERM, unless the script has a handler, or this is not the main thread."""
         self._process, self._earlier = os.getpid(), getattr(sys, "last_value", None)
+        self._thread = threading.current_thread()
         atexit.register(self.at_exit)
-        main = threading.current_thread() is threading.main_thread()
+        main = self._thread is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._heard)
 
@@ -60,7 +62,13 @@ class Termination:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def at_exit(self) -> None:
-        """Leave; an exception that a notebook's cell had left before `listen` has not ended the script."""
+        """Leave; an exception that a notebook's cell had left before `listen` has not ended the script.
+
+        A process may also end around a thread that is in the middle of its loop, as that of an actor whose owner is
+        gone. That worker has not left: it is lost, and its next life goes on with its memory.
+        """
+        if self._thread is not threading.main_thread() and self._thread.is_alive():
+            return
         error = getattr(sys, "last_value", None)
         try:
             self._leave(None if error is self._earlier else error)
