@@ -100,6 +100,7 @@ def calls(opened: grpc.Channel) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "Snapshot", lambda: list(stub.Snapshot(pb.SnapshotRequest(wait_seconds=0), timeout=20))
     yield "Exchange", lambda: list(stub.Exchange(iter(()), timeout=20))
     yield "Statistics", lambda: stub.Statistics(pb.StatisticsRequest(), timeout=20)
+    yield "Measure", lambda: list(stub.Measure(iter(()), timeout=20))
 
 
 def refused(address: str, credentials: Credentials) -> tuple[dict[str, grpc.StatusCode], str]:

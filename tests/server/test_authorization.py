@@ -39,7 +39,7 @@ def test_what_each_role_may() -> None:
     """An observer reads counters, a worker takes part, an operator may do all."""
     may = {role: {name.rpartition("/")[2] for name, least in LEAST_ROLES.items() if role >= least} for role in Role}
     assert may[Role.OBSERVER] == {"Statistics"}
-    assert may[Role.WORKER] == {"Register", "Seed", "Snapshot", "Exchange", "Statistics"}
+    assert may[Role.WORKER] == {"Register", "Seed", "Snapshot", "Exchange", "Statistics", "Measure"}
     assert may[Role.OPERATOR] >= may[Role.WORKER]
 
 

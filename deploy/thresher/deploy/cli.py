@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from thresher.deploy import bench, options, watching_commands
+from thresher.deploy.advise.command import advise
 from thresher.deploy.exit_codes import errors_told
 from thresher.deploy.health import health
 from thresher.deploy.ranks import worker
@@ -29,6 +30,7 @@ app.add_typer(ray_commands.app, name="ray")
 app.command()(watching_commands.status)
 app.command()(watching_commands.top)
 app.command()(report)
+app.command()(advise)
 app.command()(health)
 app.command(context_settings={"allow_interspersed_args": False})(worker)
 

@@ -65,6 +65,10 @@ class AccessDeniedError(ThresherError, PermissionError):
     """A shard does not know the caller, or does not let it do this; the message says what to configure."""
 
 
+class BusyError(ThresherError, RuntimeError):
+    """A shard does for somebody else what it does for one caller at a time; ask again in a moment."""
+
+
 class RegistrationError(ThresherError, RuntimeError):
     """A shard refused this worker: another model, another optimizer, a rank that is taken."""
 

@@ -1275,6 +1275,7 @@ class WorkerStatistics(google.protobuf.message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     WAITS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Its rank."""
     state: builtins.str
@@ -1299,6 +1300,8 @@ class WorkerStatistics(google.protobuf.message.Message):
     """Seconds that its pushes lay here until their rounds were closed, since this process began."""
     waits: builtins.int
     """How many pushes those are."""
+    counts: builtins.bool
+    """Whether it belongs to the run: one that has left, or was away for longer than its lease, does not."""
     def __init__(
         self,
         *,
@@ -1314,8 +1317,9 @@ class WorkerStatistics(google.protobuf.message.Message):
         metrics_address: builtins.str = ...,
         wait_seconds: builtins.float = ...,
         waits: builtins.int = ...,
+        counts: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["density", b"density", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "state", b"state", "steps", b"steps", "wait_seconds", b"wait_seconds", "waits", b"waits"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "density", b"density", "metrics_address", b"metrics_address", "origin", b"origin", "pull_bytes", b"pull_bytes", "push_bytes", b"push_bytes", "pushable_elements", b"pushable_elements", "pushed_elements", b"pushed_elements", "rank", b"rank", "state", b"state", "steps", b"steps", "wait_seconds", b"wait_seconds", "waits", b"waits"]) -> None: ...
 
 global___WorkerStatistics = WorkerStatistics
 
@@ -1401,3 +1405,47 @@ class StatisticsResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 global___StatisticsResponse = StatisticsResponse
+
+@typing.final
+class MeasureRequest(google.protobuf.message.Message):
+    """Bytes for a measurement of the link. The shard counts them and forgets them; when the stream ends, it answers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WANTED_BYTES_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    wanted_bytes: builtins.int
+    """Bytes wanted back, at most 256 MiB; in the first message only."""
+    chunk: builtins.bytes
+    """At most 1 MiB of anything; all chunks together at most 256 MiB."""
+    def __init__(
+        self,
+        *,
+        wanted_bytes: builtins.int = ...,
+        chunk: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "wanted_bytes", b"wanted_bytes"]) -> None: ...
+
+global___MeasureRequest = MeasureRequest
+
+@typing.final
+class MeasureResponse(google.protobuf.message.Message):
+    """The answer to a measurement: first the count alone, as soon as all has come, then the bytes that were wanted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECEIVED_BYTES_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    received_bytes: builtins.int
+    """Bytes of chunks that have come; in the first message only."""
+    chunk: builtins.bytes
+    """At most 1 MiB of random bytes, which no link can compress."""
+    def __init__(
+        self,
+        *,
+        received_bytes: builtins.int = ...,
+        chunk: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "received_bytes", b"received_bytes"]) -> None: ...
+
+global___MeasureResponse = MeasureResponse

@@ -60,6 +60,11 @@ class AggregationServiceStub(object):
                 request_serializer=thresher_dot_v1_dot_aggregation__pb2.StatisticsRequest.SerializeToString,
                 response_deserializer=thresher_dot_v1_dot_aggregation__pb2.StatisticsResponse.FromString,
                 _registered_method=True)
+        self.Measure = channel.stream_stream(
+                '/thresher.v1.AggregationService/Measure',
+                request_serializer=thresher_dot_v1_dot_aggregation__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=thresher_dot_v1_dot_aggregation__pb2.MeasureResponse.FromString,
+                _registered_method=True)
 
 
 class AggregationServiceServicer(object):
@@ -101,6 +106,13 @@ class AggregationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Measure(self, request_iterator, context):
+        """Takes bytes that mean nothing and gives such back, for whoever wants to know how fast they go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AggregationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_AggregationServiceServicer_to_server(servicer, server):
                     servicer.Statistics,
                     request_deserializer=thresher_dot_v1_dot_aggregation__pb2.StatisticsRequest.FromString,
                     response_serializer=thresher_dot_v1_dot_aggregation__pb2.StatisticsResponse.SerializeToString,
+            ),
+            'Measure': grpc.stream_stream_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=thresher_dot_v1_dot_aggregation__pb2.MeasureRequest.FromString,
+                    response_serializer=thresher_dot_v1_dot_aggregation__pb2.MeasureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class AggregationService(object):
             '/thresher.v1.AggregationService/Statistics',
             thresher_dot_v1_dot_aggregation__pb2.StatisticsRequest.SerializeToString,
             thresher_dot_v1_dot_aggregation__pb2.StatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/thresher.v1.AggregationService/Measure',
+            thresher_dot_v1_dot_aggregation__pb2.MeasureRequest.SerializeToString,
+            thresher_dot_v1_dot_aggregation__pb2.MeasureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,12 @@ class AggregationServiceStub:
     ]
     """Counters of the shard and of each worker, as of now."""
 
+    Measure: grpc.StreamStreamMultiCallable[
+        thresher.v1.aggregation_pb2.MeasureRequest,
+        thresher.v1.aggregation_pb2.MeasureResponse,
+    ]
+    """Takes bytes that mean nothing and gives such back, for whoever wants to know how fast they go."""
+
 class AggregationServiceAsyncStub:
     """One shard: the slice of the model that one server process owns."""
 
@@ -83,6 +89,12 @@ class AggregationServiceAsyncStub:
         thresher.v1.aggregation_pb2.StatisticsResponse,
     ]
     """Counters of the shard and of each worker, as of now."""
+
+    Measure: grpc.aio.StreamStreamMultiCallable[
+        thresher.v1.aggregation_pb2.MeasureRequest,
+        thresher.v1.aggregation_pb2.MeasureResponse,
+    ]
+    """Takes bytes that mean nothing and gives such back, for whoever wants to know how fast they go."""
 
 class AggregationServiceServicer(metaclass=abc.ABCMeta):
     """One shard: the slice of the model that one server process owns."""
@@ -126,5 +138,13 @@ class AggregationServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[thresher.v1.aggregation_pb2.StatisticsResponse, collections.abc.Awaitable[thresher.v1.aggregation_pb2.StatisticsResponse]]:
         """Counters of the shard and of each worker, as of now."""
+
+    @abc.abstractmethod
+    def Measure(
+        self,
+        request_iterator: _MaybeAsyncIterator[thresher.v1.aggregation_pb2.MeasureRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[thresher.v1.aggregation_pb2.MeasureResponse], collections.abc.AsyncIterator[thresher.v1.aggregation_pb2.MeasureResponse]]:
+        """Takes bytes that mean nothing and gives such back, for whoever wants to know how fast they go."""
 
 def add_AggregationServiceServicer_to_server(servicer: AggregationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

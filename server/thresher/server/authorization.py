@@ -37,6 +37,7 @@ LEAST_ROLES: Final = {
     f"{_SERVICE}/Snapshot": Role.WORKER,
     f"{_SERVICE}/Exchange": Role.WORKER,
     f"{_SERVICE}/Statistics": Role.OBSERVER,
+    f"{_SERVICE}/Measure": Role.WORKER,  # it loads the link as a worker does
 }
 """The lowest role that may call a method. What is not in the table takes an operator."""
 

@@ -10,6 +10,7 @@ import grpc
 
 from thresher.protos.errors import (
     BehindError,
+    BusyError,
     ConfigurationError,
     DataLossError,
     FencedError,
@@ -38,6 +39,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     BehindError: grpc.StatusCode.OUT_OF_RANGE,
     UnreadError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     LostHistoryError: grpc.StatusCode.DATA_LOSS,
     DataLossError: grpc.StatusCode.DATA_LOSS,
     RoundFailedError: grpc.StatusCode.ABORTED,

@@ -29,6 +29,7 @@ from thresher.server.effects import Effect
 from thresher.server.engine import Engine
 from thresher.server.events import Worker
 from thresher.server.facts import Agreed
+from thresher.server.measuring import Measuring
 from thresher.server.refusals import Context, answered, refuse
 from thresher.server.registration import check_bringer, check_untrained
 from thresher.server.stream import Stream
@@ -68,6 +69,7 @@ class AggregationServicer(AggregationServiceServicer):
         self._engine = engine
         self._config = config
         self._copies = Copies(engine)
+        self._measuring = Measuring(config.shard)
         self._streams: set[Stream] = set()
         self._speaking: dict[int, Stream] = {}  # the newest stream of each rank
         self._greeting: tuple[int, Stream] | None = None  # whose hello the shard has not answered yet, and may refuse
@@ -153,6 +155,17 @@ class AggregationServicer(AggregationServiceServicer):
     async def Statistics(self, request: pb.StatisticsRequest, context: Context) -> pb.StatisticsResponse:
         """Return counters."""
         return statistics_to_message(self._engine.statistics(), self._engine.last_iteration_age())
+
+    async def Measure(
+        self, request_iterator: AsyncIterator[pb.MeasureRequest], context: Context
+    ) -> AsyncIterator[pb.MeasureResponse]:
+        """Take bytes that mean nothing, and give such back."""
+        try:
+            async with aclosing(self._measuring.answer(request_iterator)) as answers:
+                async for answer in answers:
+                    yield answer
+        except ThresherError as error:
+            refuse(context, error)
 
     # Translation
 

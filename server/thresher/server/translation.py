@@ -193,6 +193,7 @@ def statistics_to_message(now: ShardStatistics, last_iteration_age: float | None
                 rank=m.rank, state=m.state, steps=m.steps, push_bytes=m.push_bytes, pull_bytes=m.pull_bytes,
                 pushed_elements=m.pushed_elements, pushable_elements=m.pushable_elements, density=m.density,
                 origin=m.origin, metrics_address=m.metrics_address, wait_seconds=m.wait_seconds, waits=m.waits,
+                counts=m.counts,
             )
             for m in now.members
         ],

@@ -318,6 +318,10 @@ class ShardCalls:
         with self.translated():
             return self._line.call(lambda stub: stub.Statistics(pb.StatisticsRequest(), timeout=timeout))
 
+    def measure(self, requests: Iterable[pb.MeasureRequest], timeout: float) -> Iterator[pb.MeasureResponse]:
+        """Send bytes that mean nothing; what comes back is read by iterating, which raises gRPC's own errors."""
+        return self._line.call(lambda stub: stub.Measure(iter(requests), timeout=timeout))
+
     def exchange(self, requests: Iterable[pb.ExchangeRequest]) -> Iterator[pb.ExchangeResponse]:
         """Open a conversation; what it says is read by iterating, which raises gRPC's own errors."""
         return self._line.call(lambda stub: stub.Exchange(iter(requests)))
@@ -356,6 +360,11 @@ class ShardCalls:
                 )
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
                 return AccessDeniedError(f"{self} refused {self._who}: {said}")
+            case grpc.StatusCode.UNIMPLEMENTED:
+                return ProtocolError(
+                    f"{self} does not know what {self._who} asks of it: it is no shard, or one of another release of "
+                    "Thresher; correct the address, or run one release on all machines"
+                )
             case code:
                 return ProtocolError(f"{self}: {code.name}: {said}")
 
