@@ -239,7 +239,8 @@ def test_every_environment_variable_exists(page: Path) -> None:
     environment = set(Settings(("a:1",), 0, 1, state_dir=Path("a"), metrics_listen="a:2", rows=Path("a")).environment())
     environment |= {"THRESHER_TOKEN_FILE", "THRESHER_FAULTS"}  # not all of them are set at a time
     environment |= {f"THRESHER_{field.name.upper()}" for field in fields(Method)}  # not all of them are set at a time
-    environment |= {str(param.envvar) for params in parameters().values() for param in params if param.envvar}
+    for param in (param for params in parameters().values() for param in params):
+        environment |= {param.envvar} if isinstance(param.envvar, str) else {*(param.envvar or ())}
     found = set(re.findall(r"\bTHRESHER_[A-Z_]+\b", page.read_text(encoding="utf-8")))
     assert not sorted(found - environment)
 

@@ -24,7 +24,7 @@ SHARD = {
 }  # fmt: skip
 WORKER = {
     "rank", "state", "steps", "push_bytes", "pull_bytes", "pushed_elements", "pushable_elements", "density", "origin",
-    "metrics_address",
+    "metrics_address", "counts",
 }  # fmt: skip
 
 

@@ -167,6 +167,7 @@ def test_a_worker_is_summed_over_the_shards_that_know_it(
                 pb.WorkerStatistics(
                     rank=rank, state=state, steps=steps, push_bytes=push, pull_bytes=pull, pushed_elements=pushed,
                     pushable_elements=pushable, density=density,
+                    counts=steps % 2 == 0,
                 )
                 for rank, (state, steps, push, pull, pushed, pushable, density) in enumerate(workers)
             ],
@@ -179,6 +180,7 @@ def test_a_worker_is_summed_over_the_shards_that_know_it(
         assert sum(getattr(one, name) for one in found) == sum(getattr(worker, name) for worker in every)
     for one in found:
         seen = [worker for worker in every if worker.rank == one.rank]
+        assert one.counts == all(worker.counts for worker in seen)
         assert one.steps == min(worker.steps for worker in seen)
         assert STATES.index(one.state) == min(STATES.index(worker.state) for worker in seen)
         assert min(w.density for w in seen) - 1e-9 <= one.density <= max(w.density for w in seen) + 1e-9

@@ -20,10 +20,11 @@ TOLD = pb.StatisticsResponse(
     last_iteration_age=1.5,
     workers=[
         pb.WorkerStatistics(rank=0, state="exchanging", steps=1234, push_bytes=1000, pull_bytes=3000, density=0.01,
-                            pushable_elements=8000, origin="host[1]:7", metrics_address="127.0.0.1:9000"),
+                            pushable_elements=8000, origin="host[1]:7", metrics_address="127.0.0.1:9000", counts=True),
         pb.WorkerStatistics(rank=1, state="lost", steps=1233, push_bytes=500, pull_bytes=1500, density=0.02,
-                            pushable_elements=8000),
-        pb.WorkerStatistics(rank=2, state="left"),
+                            pushable_elements=8000, counts=True),
+        pb.WorkerStatistics(rank=2, state="lost", density=0.02),
+        pb.WorkerStatistics(rank=3, state="left"),
     ],
 )  # fmt: skip
 SERVING = ShardLook(1, "127.0.0.1:5000", "SERVING", "training", TOLD)
@@ -59,7 +60,7 @@ def test_what_is_late_or_lost_is_loud() -> None:
     assert isinstance(calm, Text)
     assert (row.style, calm.style) == ("bold red", "")
     workers = worker_rows([SERVING])
-    assert [isinstance(worker["state"], Text) for worker in workers] == [False, True, False]
+    assert [isinstance(worker["state"], Text) for worker in workers] == [False, True, True, False]
 
 
 def test_a_worker_has_a_row() -> None:

@@ -230,6 +230,7 @@ def test_counters_are_written_whole() -> None:
             pb.WorkerStatistics(
                 rank=3, state="exchanging", steps=1, push_bytes=2, pull_bytes=3, pushed_elements=4,
                 pushable_elements=5, density=0.5, origin="host:3", metrics_address="host:1", wait_seconds=0.75, waits=6,
+                counts=True,
             )
         ],
     )  # fmt: skip

@@ -50,7 +50,7 @@ def _shard(look: ShardLook) -> dict[str, Any]:
     return who | {
         "version": told.version,
         "numel": told.numel,
-        "members": sum(worker.state != "left" for worker in told.workers),
+        "members": sum(worker.counts for worker in told.workers),
         "push_bytes": sum(worker.push_bytes for worker in told.workers),
         "pull_bytes": sum(worker.pull_bytes for worker in told.workers),
         "update_density": told.update_density,

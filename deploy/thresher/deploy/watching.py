@@ -67,6 +67,7 @@ class WorkerLook:
         density: Of its last push, over all shards.
         origin: Its host and process; empty before it has come.
         metrics_address: ``host:port`` of its Prometheus endpoint; empty without one.
+        counts: It belongs to the run, for all of them.
     """
 
     rank: int
@@ -79,6 +80,7 @@ class WorkerLook:
     density: float
     origin: str
     metrics_address: str
+    counts: bool
 
 
 @final
@@ -114,7 +116,7 @@ def totals_of(looks: Sequence[ShardLook]) -> Totals:
     return Totals(
         iterations=max((shard.version for shard in shards), default=0),
         workers=len(workers),
-        members=sum(one.state != "left" for one in workers),
+        members=sum(one.counts for one in workers),
         push_bytes=push,
         pull_bytes=pull,
         density=sum(one.pushed_elements for one in workers) / max(1, pushable),
@@ -142,6 +144,7 @@ def _worker(rank: int, shards: Sequence[pb.StatisticsResponse]) -> WorkerLook:
         density=sum(one.density * shard.numel for one, shard in zip(seen, shards, strict=True)) / max(1, numel),
         origin=next((one.origin for one in seen if one.origin), ""),
         metrics_address=next((one.metrics_address for one in seen if one.metrics_address), ""),
+        counts=all(one.counts for one in seen),
     )
 
 

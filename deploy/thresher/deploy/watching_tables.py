@@ -40,7 +40,7 @@ def _counted(shard: pb.StatisticsResponse | None) -> dict[str, str]:
     push, pull = sum(w.push_bytes for w in shard.workers), sum(w.pull_bytes for w in shard.workers)
     return {
         "version": f"{shard.version:,}",
-        "members": f"{sum(worker.state != 'left' for worker in shard.workers):,}",
+        "members": f"{sum(worker.counts for worker in shard.workers):,}",
         "last iteration": f"{shard.last_iteration_age:,.1f} s ago"
         if shard.HasField("last_iteration_age")
         else _UNKNOWN,
