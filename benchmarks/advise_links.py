@@ -2,10 +2,12 @@
 
     python benchmarks/advise_links.py [--rates 100mbit 1gbit] [--output runs/advise/result.json]
 
-Three hosts, network namespaces behind shaped links of one rate each way: two shards on the first, a worker on each of
-the others. For each rate `thresher advise` is asked on a worker's host; then the workers train, with everything sent
-and with two sparse settings. Computing is to draw a gradient, and then a pause.
-Needs root and iproute2. Writes a JSON list, and prints it as a Markdown table.
+Two hosts of the lab, network namespaces behind links that a token bucket shapes each way, with 1 ms of traffic at once
+and a queue of 25 ms: two shards on the first, two workers on the other. They share the cores of this machine, and
+`thresher advise` is told so: --workers-here 2. It is asked on the workers' host, for each rate; then the workers train,
+with everything sent and with two sparse settings. Computing is to draw a gradient, and then a pause.
+Needs root and netlab.sh, in ../shared/lab or in the folder that THRESHER_LAB names. Writes a JSON list, and prints it
+as the table in docs/advise.md.
 """
 
 import argparse
@@ -21,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SHARDS = ("10.78.0.1:5001", "10.78.0.1:5002")
+LAB = Path(os.environ.get("THRESHER_LAB", Path(__file__).parents[2] / "shared" / "lab")) / "netlab.sh"
+SHARDS = ("10.77.0.1:5001", "10.77.0.1:5002")
 WORKERS = 2
 SETTINGS = {
     "--threshold 0": {"THRESHER_THRESHOLD": "0"},
@@ -55,92 +58,64 @@ with connect().wrap(parameters, optimizer) as session:
 """
 
 
-class Hosts:
-    """Hosts behind links of their own that meet in a switch; each link is shaped in both directions."""
-
-    def __init__(self, count: int, rate: str, stack: ExitStack) -> None:
-        """Lay them; the stack takes them away."""
-        self._mark = f"adv{os.getpid() % 10**5}"
-        switch = f"{self._mark}s"
-        self._add(switch, stack)
-        ip("-n", switch, "link", "add", "br0", "type", "bridge", "stp_state", "0", "forward_delay", "0")
-        ip("-n", switch, "link", "set", "br0", "up")
-        for host in range(count):
-            name, port = self.name(host), f"p{host}"
-            self._add(name, stack)
-            ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("-n", name, "addr", "add", f"10.78.0.{host + 1}/24", "dev", "eth0")
-            ip("-n", switch, "link", "set", port, "master", "br0", "up")
-            for namespace, device in ((name, "lo"), (name, "eth0")):
-                ip("-n", namespace, "link", "set", device, "up")
-            shape(name, "eth0", rate)
-            shape(switch, port, rate)
-
-    def _add(self, namespace: str, stack: ExitStack) -> None:
-        ip("netns", "add", namespace)
-        stack.callback(ip, "netns", "del", namespace)
-
-    def name(self, host: int) -> str:
-        """Return that of its namespace."""
-        return f"{self._mark}h{host}"
-
-    @contextmanager
-    def on(self, host: int, *arguments: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
-        """Run Python on a host until the block ends."""
-        command = ["ip", "netns", "exec", self.name(host), sys.executable, *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "THRESHER_INSECURE": "1", **variables}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
+@contextmanager
+def hosts(rate: str) -> Iterator[None]:
+    """Lay two hosts whose links carry ``rate`` each way."""
+    lab("up", "2", rate)
+    try:
+        yield
+    finally:
+        lab("down")
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)  # noqa: S607 - wherever iproute2 is
-
-
-def shape(namespace: str, device: str, rate: str) -> None:
-    """Let a token bucket pass ``rate``, with a queue of 25 ms, and two milliseconds of it at once."""
-    unit = {"m": 10**6, "g": 10**9}[rate[-4]]
-    burst = max(4000, int(rate[:-4]) * unit // 8 // 500)
-    bucket = ["root", "tbf", "rate", rate, "burst", str(burst), "latency", "25ms"]
-    subprocess.run(["tc", "-n", namespace, "qdisc", "add", "dev", device, *bucket], check=True)  # noqa: S607
+def lab(*arguments: str) -> None:
+    subprocess.run([str(LAB), *arguments], check=True)
 
 
 @contextmanager
-def shards_on(hosts: Hosts) -> Iterator[None]:
+def on(host: int, *arguments: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run Python on a host until the block ends."""
+    command = [str(LAB), "exec", str(host), sys.executable, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "THRESHER_INSECURE": "1", **variables}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def shards() -> Iterator[None]:
     """Serve the shards on the first host."""
     serve = ["-m", "thresher.deploy", "serve", "--shards", str(len(SHARDS)), "--workers", str(WORKERS)]
     with ExitStack() as stack:
         for shard, address in enumerate(SHARDS):
-            process = stack.enter_context(hosts.on(0, *serve, "--shard", str(shard), "--listen", address))
+            process = stack.enter_context(on(0, *serve, "--shard", str(shard), "--listen", address))
             assert process.stdout is not None
             json.loads(process.stdout.readline())  # it serves
         yield
 
 
-def predicted(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
-    """Ask on the host of a worker."""
+def predicted(options: argparse.Namespace) -> dict[str, Any]:
+    """Ask on the host of the workers."""
     ask = ["-m", "thresher.deploy", "advise", ",".join(SHARDS), "--parameters", str(options.parameters)]
-    ask += ["--compute", str(options.compute), "--workers", str(WORKERS), "--densities", "0.01", "--json"]
-    with shards_on(hosts), hosts.on(1, *ask) as process:
+    ask += ["--compute", str(options.compute), "--workers", str(WORKERS)]
+    ask += ["--workers-here", str(WORKERS), "--densities", "0.01", "--json"]
+    with shards(), on(1, *ask) as process:
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
     found: dict[str, Any] = json.loads(out)
     return found
 
 
-def measured(hosts: Hosts, variables: dict[str, str], steps: int, options: argparse.Namespace) -> dict[str, float]:
+def measured(variables: dict[str, str], steps: int, options: argparse.Namespace) -> dict[str, float]:
     """Train; return the medians over steps and workers of the parts of a step and of the whole."""
-    with tempfile.TemporaryDirectory() as folder, shards_on(hosts), ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, shards(), ExitStack() as stack:
         files = [Path(folder, f"worker-{rank}.jsonl") for rank in range(WORKERS)]
         arguments = ["-c", SCRIPT, str(options.parameters), str(steps), str(options.compute)]
         told = {**variables, "THRESHER_SHARDS": ",".join(SHARDS), "THRESHER_WORKERS": str(WORKERS)}
         workers = [
-            stack.enter_context(
-                hosts.on(1 + rank, *arguments, THRESHER_RANK=str(rank), THRESHER_ROWS=str(file), **told)
-            )
+            stack.enter_context(on(1, *arguments, THRESHER_RANK=str(rank), THRESHER_ROWS=str(file), **told))
             for rank, file in enumerate(files)
         ]
         for worker in workers:
@@ -156,15 +131,14 @@ def settled(file: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def compare(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    with ExitStack() as stack:
-        hosts = Hosts(1 + WORKERS, rate, stack)
-        advice = predicted(hosts, options)
+    with hosts(rate):
+        advice = predicted(options)
         print(json.dumps(advice), file=sys.stderr)
         by_setting = {one["setting"]: one for one in advice["predictions"]}
         rows = []
         for setting, variables in SETTINGS.items():
             steps = options.steps if setting != "--threshold 0" else max(10, options.steps // 6)
-            found = measured(hosts, variables, steps, options)
+            found = measured(variables, steps, options)
             one = by_setting[setting]
             row = {
                 "rate": rate,

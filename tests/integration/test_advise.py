@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+LAB = Path(os.environ.get("THRESHER_LAB", Path(__file__).parents[3] / "shared" / "lab")) / "netlab.sh"
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "advise_links.py"
 WITHIN = 0.25
 
@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.slow,
     pytest.mark.skipif(
-        not SCRIPT.exists() or os.geteuid() != 0 or shutil.which("tc") is None,
-        reason="needs root and iproute2, for network namespaces, and benchmarks/advise_links.py",
+        not SCRIPT.exists() or not LAB.exists() or os.geteuid() != 0,
+        reason="needs netlab.sh (THRESHER_LAB names its folder) and root, for network namespaces, and benchmarks/",
     ),
 ]
 

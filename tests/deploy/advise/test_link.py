@@ -42,7 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_link_is_measured_through_the_shards(addresses: tuple[str, ...]) -> None:
     """Each alone and both at once; all rates and times are positive, and repeated."""
-    found = measure_link(place(*addresses), timeout=20.0)
+    found = measure_link(place(*addresses), timeout=20.0, idle=0.01)
     assert [one.name for one in found.alone] == [f"shard {i} at {address}" for i, address in enumerate(addresses)]
     assert [one.host for one in found.alone] == ["127.0.0.1"] * 2
     assert [shards for shards, _ in found.hosts()] == [[0, 1]]
@@ -51,10 +51,13 @@ def test_a_link_is_measured_through_the_shards(addresses: tuple[str, ...]) -> No
             assert sample.size > 1
             assert (sample > 0).all()
         assert 1e5 < middle(one.up) < 1e12
+    for delay in (found.up_delay, found.down_delay):
+        assert delay.sizes == (0, 32 << 10, 128 << 10, 512 << 10)  # both shards together
+        assert all(sample.size > 1 for sample in delay.seconds)
 
 
 def test_one_shard_is_all_of_them(addresses: tuple[str, ...]) -> None:
-    found = measure_link(place(addresses[0]), timeout=20.0, shard_bandwidth=1e9)
+    found = measure_link(place(addresses[0]), timeout=20.0, shard_bandwidth=1e9, idle=0.0)
     assert found.together.up is found.alone[0].up
     (_, known), *others = found.hosts()
     assert (middle(known.up), middle(known.down), others) == (1e9, 1e9, [])

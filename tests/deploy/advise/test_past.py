@@ -52,6 +52,19 @@ def test_a_run_says_what_to_expect(tmp_path: Path) -> None:
     assert found.compute.tolist() == pytest.approx([0.3] * 4)
 
 
+def test_rounds_without_gradients_do_not_count(tmp_path: Path) -> None:
+    """Neither in the middle nor as the last: they are dense and large, and nothing in them is compressed."""
+    rows = [shard_row(version) for version in range(1, 9)]
+    means = {"only_mean": True, "push_bytes": 9000, "pull_bytes": 9000, "update_elements": NUMEL, "pushed_elements": 0}
+    write(tmp_path / "shard-0.iterations.jsonl", [*rows[:6], shard_row(7, **means), shard_row(8, **means)])
+    found = read_past(tmp_path)
+    assert (found.workers, found.push_bytes, found.pull_bytes) == (WORKERS, 600, 900)
+    write(tmp_path / "shard-0.iterations.jsonl", [*rows, shard_row(9, **means)])
+    with_means = read_past(tmp_path)
+    write(tmp_path / "shard-0.iterations.jsonl", rows)
+    assert with_means == read_past(tmp_path)
+
+
 def test_without_rows_of_workers_computing_is_not_known(tmp_path: Path) -> None:
     write(tmp_path / "shard-0.iterations.jsonl", [shard_row(1)])
     found = read_past(tmp_path)

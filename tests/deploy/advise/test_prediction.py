@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.deploy.advise.known import SPARSE, costs, link, way
 
+from thresher.deploy.advise.delays import Delay
 from thresher.deploy.advise.link import given_link
 from thresher.deploy.advise.prediction import PARTS, Group, best, break_even, fastest_compressed, predict
 from thresher.deploy.advise.samples import exactly
@@ -58,6 +59,31 @@ def test_a_spread_of_what_was_measured_is_one_of_the_prediction() -> None:
     wide = replace(costs(), compress=np.array([0.5, 1.0, 1.5]))
     one, other = (predict(each, link(), group()) for each in (narrow, wide))
     assert other.low < one.low < one.seconds < one.high < other.high
+
+
+def test_a_step_waits_for_the_slowest_worker_and_shard() -> None:
+    """Of a second or three, drawn for each alone: with 16 of them one nearly always takes three."""
+    uneven = replace(costs(push=[0] * 16, pull=[0] * 16), compress=np.array([1.0, 3.0]), shard=np.array([1.0, 3.0]))
+    found = predict(uneven, link(*["a"] * 16), group(workers=16))
+    assert (found.compress, found.shard, found.low, found.high) == (3.0, 3.0, 6.0, 6.0)
+
+
+def test_a_step_has_one_slowest_worker() -> None:
+    """Its parts are counted together: nobody computes for long and compresses for long where none does both."""
+    either = replace(costs(push=[0], pull=[0]), compress=np.array([0.0, 1.0]), replay=np.array([0.0, 1.0]))
+    found = predict(either, link(), group(workers=2, compute=1.0))
+    assert found.low <= found.seconds <= found.high <= 3.0
+    assert found.low < 3.0
+
+
+def test_a_message_after_a_pause_takes_its_delay_besides() -> None:
+    """A push of 1000 bytes half of the one at 2000; an update all of its own. None is over before it begins."""
+    up, down = Delay((0, 2000), (exactly(0.0), exactly(0.5))), Delay((0,), (exactly(0.125),))
+    slow = replace(link(round_trip=0.5), up_delay=up, down_delay=down)
+    found = predict(costs(), slow, group())
+    assert (found.up, found.down) == pytest.approx((1.5, 1.375))
+    soon = replace(link(), up_delay=Delay((0,), (exactly(-9.0),)))
+    assert predict(costs(), soon, group()).up == 0.0
 
 
 @given(push=sizes, pull=sizes, saved=st.floats(0.0, 0.99), lost=seconds, workers=st.integers(1, 8))

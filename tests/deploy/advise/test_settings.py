@@ -40,9 +40,22 @@ def test_they_come_from_the_mildest_on() -> None:
     assert [one.density for one in found] == [1.0, 1.0, *[0.1] * 3, *[0.001] * 3]
 
 
+def test_densities_that_are_shown_alike_are_one() -> None:
+    """As that of a run is, beside the one that was asked for."""
+    names = [one.name for one in settings_for([0.01, 0.01003])]
+    assert len(names) == len(set(names)) == 5
+
+
+@given(st.lists(st.floats(1e-6, 1.0), max_size=8))
+def test_no_two_settings_have_one_name(many: list[float]) -> None:
+    found = settings_for(many)
+    assert len({one.name for one in found}) == len({one.options for one in found}) == len(found)
+
+
 @given(st.floats(0.001, 1.0))
 def test_the_threshold_has_the_density(density: float) -> None:
     setting = settings_for([density])[2]
+    density = setting.density
     sent = (torch.randn(200_000, generator=torch.Generator().manual_seed(1)).abs() >= setting.threshold).float().mean()
     assert float(sent) == pytest.approx(density, rel=0.25, abs=5e-4)
 

@@ -34,10 +34,10 @@ def test_a_run_answers_what_is_not_asked(past: Path) -> None:
 
 def test_what_is_asked_is_the_last_word(past: Path) -> None:
     question = Question(
-        parameters=500, run=past, compute=7.0, workers=2, here=4, shards=3, bandwidth=1000.0, round_trip=0.5
+        parameters=500, run=past, compute=7.0, workers=1, here=4, shards=3, bandwidth=1000.0, round_trip=0.5
     )
     found = study(question, None)
-    assert (found.model.numel, found.workers, found.here, found.shards) == (500, 2, 2, 3)
+    assert (found.model.numel, found.workers, found.here, found.shards) == (500, 1, 1, 3)
     assert found.compute is not None
     assert middle(found.compute) == 7.0
     assert found.link is not None

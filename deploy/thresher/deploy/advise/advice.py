@@ -6,6 +6,7 @@ from typing import Any, final
 
 from rich.console import Console
 
+from thresher.deploy.advise.delays import Delay
 from thresher.deploy.advise.link import Link, Way
 from thresher.deploy.advise.model import Model
 from thresher.deploy.advise.past import PastRun
@@ -113,6 +114,7 @@ def document(advice: Advice) -> dict[str, Any]:
     link, past, compute = advice.link, advice.past, advice.compute
     return {
         "link": [] if link is None else [_way(way) for way in (*link.alone, link.together)],
+        "delays": {} if link is None else {"up": _delay(link.up_delay), "down": _delay(link.down_delay)},
         "machine": {
             "settings": [
                 {
@@ -150,6 +152,12 @@ def _way(way: Way) -> dict[str, Any]:
         "up_bytes_per_second": middle(way.up),
         "down_bytes_per_second": middle(way.down),
     }
+
+
+def _delay(delay: Delay) -> list[dict[str, Any]]:
+    return [
+        {"bytes": size, "seconds": middle(seconds)} for size, seconds in zip(delay.sizes, delay.seconds, strict=True)
+    ]
 
 
 def _run(past: PastRun) -> dict[str, Any]:

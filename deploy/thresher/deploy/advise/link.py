@@ -6,16 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 import numpy as np
 
+from thresher.deploy.advise.delays import NO_DELAY, Delay
 from thresher.deploy.advise.samples import Sample, exactly, middle
 from thresher.deploy.watching_places import Place
 from thresher.protos.errors import BusyError, ConnectionTimeoutError
 from thresher.protos.messages import CHUNK_BYTES
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.calls import ShardCalls
+
+_Seconds: TypeAlias = Callable[[int], float]
 
 _WHO: Final = "thresher advise"
 _REPETITIONS: Final = 5
@@ -24,6 +27,10 @@ _FIRST_BYTES: Final = 256 << 10
 _MOST_BYTES: Final = 64 << 20
 _SECONDS: Final = 0.25
 """A transfer that takes so long is long enough: what a shaper lets pass at once does not weigh in it any more."""
+_MESSAGES: Final = (0, 16 << 10, 64 << 10, 256 << 10)
+"""Bytes to or from each shard, timed after a pause: about what a sparse push has."""
+_LONGEST_IDLE: Final = 0.4
+"""Seconds. TCP begins anew when it was idle for a retransmission timeout (RFC 5681), here 0.2 s and a round trip."""
 _CALL_SECONDS: Final = 60.0
 _PAUSE_SECONDS: Final = 0.2  # before a shard that is busy is asked again
 
@@ -58,11 +65,15 @@ class Link:
         alone: Each shard by itself.
         shard_bandwidth: Bytes per second of the link of a host of shards, each way, where that is known; otherwise it
             is taken for as fast as it was seen from here.
+        up_delay: What a push takes besides, after a pause.
+        down_delay: What an update takes besides.
     """
 
     together: Way
     alone: tuple[Way, ...]
     shard_bandwidth: float | None = None
+    up_delay: Delay = NO_DELAY
+    down_delay: Delay = NO_DELAY
 
     def hosts(self) -> list[tuple[list[int], Way]]:
         """Return for each host of shards which they are, and what its link carries, at least."""
@@ -103,8 +114,10 @@ def given_link(bandwidth: float, round_trip: float, shards: int, shard_bandwidth
     return Link(Way("all shards", "", trip, rate, rate), alone, shard_bandwidth)
 
 
-def measure_link(place: Place, timeout: float, shard_bandwidth: float | None = None) -> Link:
-    """Measure the link to the shards of a place: each alone, and all at once.
+def measure_link(
+    place: Place, timeout: float, shard_bandwidth: float | None = None, idle: float = _LONGEST_IDLE
+) -> Link:
+    """Measure the link to the shards of a place: each alone, and all at once; then small messages after pauses.
 
     A transfer takes a quarter of a second or 64 MiB, whichever is less, and is repeated five times each way.
 
@@ -112,6 +125,7 @@ def measure_link(place: Place, timeout: float, shard_bandwidth: float | None = N
         place: Where the shards are.
         timeout: Seconds to look for them, and to wait for one that somebody else measures.
         shard_bandwidth: As for `Link`.
+        idle: Seconds of the pauses: as long as a worker computes between two messages, up to 0.4 s.
 
     Raises:
         ConnectionTimeoutError: naming each shard that cannot be reached in that time.
@@ -129,7 +143,7 @@ def measure_link(place: Place, timeout: float, shard_bandwidth: float | None = N
         meters = [_Meter(one, timeout) for one in calls]
         alone = tuple(_way([meter], pool, str(one), _host_of(one)) for meter, one in zip(meters, calls, strict=True))
         together = _way(meters, pool, "all shards", "") if len(calls) > 1 else replace(alone[0], name="all shards")
-        return Link(together, alone, shard_bandwidth)
+        return Link(together, alone, shard_bandwidth, *_delays(meters, pool, together, min(idle, _LONGEST_IDLE)))
 
 
 def _host_of(calls: ShardCalls) -> str:
@@ -193,20 +207,43 @@ class _Meter:
 
 def _way(meters: Sequence[_Meter], pool: ThreadPoolExecutor, name: str, host: str) -> Way:
     """Measure the way to these shards, at once where they are several."""
+    ups, downs = _moves(meters, pool)
+    ups(0)  # the connection is open now
+    trips = np.array([ups(0) for _ in range(_ROUND_TRIPS)])
+    up, down = (_rates(seconds, len(meters), middle(trips)) for seconds in (ups, downs))
+    return Way(name, host, trips, up, down)
+
+
+def _moves(meters: Sequence[_Meter], pool: ThreadPoolExecutor) -> tuple[_Seconds, _Seconds]:
+    """Return two functions that move so many bytes up and down at each meter, at once, and say how long it took."""
 
     def seconds(moves: Sequence[Callable[[int], None]], size: int) -> float:
         begin = time.perf_counter()
         list(pool.map(lambda move: move(size), moves))
         return time.perf_counter() - begin
 
-    ups, downs = [meter.up for meter in meters], [meter.down for meter in meters]
-    seconds(ups, 0)  # the connection is open now
-    trips = np.array([seconds(ups, 0) for _ in range(_ROUND_TRIPS)])
-    up, down = (_rates(partial(seconds, moves), len(meters), middle(trips)) for moves in (ups, downs))
-    return Way(name, host, trips, up, down)
+    return partial(seconds, [meter.up for meter in meters]), partial(seconds, [meter.down for meter in meters])
 
 
-def _rates(seconds: Callable[[int], float], count: int, round_trip: float) -> Sample:
+def _delays(meters: Sequence[_Meter], pool: ThreadPoolExecutor, way: Way, idle: float) -> tuple[Delay, Delay]:
+    """Time messages of a few sizes in either direction, each after a pause."""
+
+    def delay(seconds: _Seconds, rate: float) -> Delay:
+        sizes = [size for size in _MESSAGES if size * len(meters) / rate <= _SECONDS]
+        found = []
+        for size in sizes:
+            usual, taken = middle(way.round_trip) + size * len(meters) / rate, []
+            for _ in range(_REPETITIONS):
+                time.sleep(idle)
+                taken.append(seconds(size) - usual)
+            found.append(np.array(taken))
+        return Delay(tuple(size * len(meters) for size in sizes), tuple(found))
+
+    ups, downs = _moves(meters, pool)
+    return delay(ups, middle(way.up)), delay(downs, middle(way.down))
+
+
+def _rates(seconds: _Seconds, count: int, round_trip: float) -> Sample:
     """Return bytes per second of all ``count`` transfers together, in each repetition."""
     size = _FIRST_BYTES
     while (taken := seconds(size) - round_trip) < _SECONDS and size < _MOST_BYTES:

@@ -16,6 +16,8 @@ from thresher.protos.errors import ConfigurationError
 class PastRun:
     """A run, or as much of it as there is; of its second half, when thresholds and caches have settled.
 
+    Rounds without gradients, in which workers agree on a mean only, do not count.
+
     Attributes:
         name: Of its folder.
         numel: Elements of the model.
@@ -48,9 +50,11 @@ def read_past(folder: Path) -> PastRun:
         ConfigurationError: when it is no folder of a run, has no rounds, or a file of it cannot be read.
     """
     run = read_runs([folder])[0]
-    rounds = run.rounds
+    numel = float(run.rounds["numel"][-1])
+    of_gradients = run.rounds["only_mean"] == 0  # others agree on buffers, say, and nothing is compressed in them
+    rounds = {name: column[of_gradients] for name, column in run.rounds.items()}
     half = slice(rounds["version"].size // 2, None)
-    pushable, numel = float(rounds["pushable"][half].sum()), float(rounds["numel"][-1])
+    pushable = float(rounds["pushable"][half].sum())
     if not pushable:
         raise ConfigurationError(f"{folder}: nobody has pushed in the second half of this run; name another one")
     gaps = np.diff(rounds["time"][half])

@@ -45,12 +45,12 @@ class Prediction:
         seconds: The median.
         low: The 5th percentile: each measured quantity is drawn from its own repetitions.
         high: The 95th.
-        compute: Medians of its parts: of the passes.
-        compress: Of the worker until frames are ready.
+        compute: Medians of its parts: of the passes, at the worker that is the last in this step.
+        compress: Of that worker until frames are ready.
         up: Of the network until all pushes are at the shards, with half a round trip.
-        shard: Of a shard.
+        shard: Of the slowest shard.
         down: Of the network until all updates are at the workers, with half a round trip.
-        replay: Of the worker until the model has its new parameters.
+        replay: Of the last worker until the model has its new parameters.
     """
 
     costs: Costs
@@ -66,7 +66,7 @@ class Prediction:
 
 
 def predict(costs: Costs, link: Link, group: Group, seed: int = 0) -> Prediction:
-    """Add up the parts of a step in lockstep. They follow each other; nothing is taken to overlap."""
+    """Add up the parts of a step in lockstep. They follow each other, and all wait for whoever is the slowest."""
     generator = np.random.default_rng(seed)
 
     def draw(sample: Sample) -> Sample:
@@ -76,18 +76,29 @@ def predict(costs: Costs, link: Link, group: Group, seed: int = 0) -> Prediction
     for way, pushes, pulls in _bottlenecks(costs, link, group):
         up, down = np.maximum(up, pushes / draw(way.up)), np.maximum(down, pulls / draw(way.down))
     trip = draw(link.together.round_trip) / 2
+    up += trip + link.up_delay.drawn(sum(costs.push_bytes), _DRAWS, generator)
+    down += trip + link.down_delay.drawn(sum(costs.pull_bytes), _DRAWS, generator)
+    replay, compute, compress = _slowest((costs.replay, group.compute, costs.compress), group.workers, generator)
+    (shard,) = _slowest((costs.shard,), len(costs.push_bytes), generator)
     parts = {
-        "compute": draw(group.compute),
-        "compress": draw(costs.compress),
-        "up": up + trip,
-        "shard": draw(costs.shard),
-        "down": down + trip,
-        "replay": draw(costs.replay),
+        "compute": compute,
+        "compress": compress,
+        "up": np.maximum(up, 0.0),
+        "shard": shard,
+        "down": np.maximum(down, 0.0),
+        "replay": replay,
     }
     total = np.sum(list(parts.values()), axis=0)
     low, high = np.percentile(total, _BAND)
     medians = {name: middle(part) for name, part in parts.items()}
     return Prediction(costs, middle(total), float(low), float(high), **medians)
+
+
+def _slowest(parts: Sequence[Sample], count: int, generator: np.random.Generator) -> list[Sample]:
+    """Return the parts of the slowest of ``count`` that do the same, each with its own draws."""
+    each = [drawn(part, (_DRAWS, count), generator) for part in parts]
+    last = np.sum(each, axis=0).argmax(axis=1)
+    return [one[np.arange(_DRAWS), last] for one in each]
 
 
 def _bottlenecks(costs: Costs, link: Link, group: Group) -> list[tuple[Way, int, int]]:

@@ -3,9 +3,13 @@
 Nothing is sent. Gradients are standard normal numbers, so that each threshold has the density that is asked for.
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.synchronize import Barrier
 from typing import Final, final
 
 import numpy as np
@@ -29,9 +33,10 @@ from thresher.worker.client import push_bytes_of
 from thresher.worker.parameters import ModelParameters
 
 MOST_ELEMENTS: Final = 4 << 20
-"""Of a larger model a part of this size is rehearsed, and the rest takes as long and as many bytes for each element."""
+"""Of a larger model the first tensors are rehearsed, to this size; the rest takes as much for each of its elements."""
 _REPETITIONS: Final = 7
 _PAUSE_SECONDS: Final = 0.02
+_MEETING_SECONDS: Final = 120.0  # for one that rehearses at the same time, and first has to begin
 
 
 @final
@@ -71,9 +76,8 @@ class Rehearsal:
 
     def __init__(self, model: Model, shards: int, workers: int) -> None:
         """Make what a worker and its first shard have in memory."""
-        self._workers, self._shards = workers, shards
-        part = min(1.0, MOST_ELEMENTS / model.numel)
-        sizes = [max(1, round(size * part)) for size in model.sizes]
+        self._workers = workers
+        sizes = first_tensors(model.sizes, MOST_ELEMENTS)
         self._numel = sum(sizes)
         self._scale = model.numel / self._numel
         self._tensors = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
@@ -113,10 +117,11 @@ class Rehearsal:
 
         taken = self._timed(feedback.residual.zero_, lambda: self._compressed(feedback, setting), shard, replay)
         push = pb.Push(step=1, version=1, residual_squared=1.0, next_threshold=1.0)
+        header = push_bytes_of(push, b"")
         return Costs(
             setting,
             update_density,
-            tuple(round(push_bytes_of(push, frame) * self._scale) for frame in frames),
+            tuple(header + round((push_bytes_of(push, frame) - header) * self._scale) for frame in frames),
             tuple(round(one.wire_bytes * self._scale) for one in told),
             *taken,
         )
@@ -149,12 +154,74 @@ class Rehearsal:
         for _ in range(_REPETITIONS + 1):
             prepare()
             time.sleep(_PAUSE_SECONDS)
-            times = [time.perf_counter()]
+            times = []
             for part in parts:
+                _together()
+                begin = time.perf_counter()
                 part()
-                times.append(time.perf_counter())
-            taken.append(np.diff(times))
+                times.append(time.perf_counter() - begin)
+            taken.append(times)
         return list(np.array(taken[1:]).T * self._scale)
+
+
+def first_tensors(sizes: Sequence[int], most: int) -> list[int]:
+    """Return the sizes of the first tensors that come to ``most`` elements together; the last of them is clipped.
+
+    >>> first_tensors([4, 5, 6], 7), first_tensors([4, 5, 6], 90)
+    ([4, 3], [4, 5, 6])
+    """
+    ends = np.minimum(np.cumsum(sizes), most)
+    return [int(size) for size in np.diff(ends, prepend=0) if size]
+
+
+def rehearse(
+    model: Model, shards: int, workers: int, here: int, settings: Sequence[tuple[Setting, float]]
+) -> list[Costs]:
+    """Return the costs of each setting, where ``here`` workers share this machine, its cores and its memory.
+
+    So many processes rehearse at once, part by part as in lockstep, and each tells its own seconds.
+
+    Args:
+        model: What is trained.
+        shards: How many share it.
+        workers: How many push.
+        here: How many of them are on this machine.
+        settings: Each with the density of its updates.
+    """
+    if here == 1:
+        return _rehearsed(model, shards, workers, settings)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(here, context, _meet_at, (context.Barrier(here),)) as pool:
+        going = [pool.submit(_rehearsed, model, shards, workers, settings) for _ in range(here)]
+        each = [one.result() for one in going]
+    return [_joined(of_setting) for of_setting in zip(*each, strict=True)]
+
+
+def _alone() -> None:
+    """Wait for nobody."""
+
+
+_together: Callable[[], object] = _alone
+"""Waits for those that rehearse at the same time, in other processes; called before each part."""
+
+
+def _meet_at(meeting: Barrier) -> None:
+    """Let this process rehearse with others."""
+    global _together  # noqa: PLW0603 - a barrier can be handed to a process only when that begins
+    _together = partial(meeting.wait, _MEETING_SECONDS)
+
+
+def _rehearsed(model: Model, shards: int, workers: int, settings: Sequence[tuple[Setting, float]]) -> list[Costs]:
+    rehearsal = Rehearsal(model, shards, workers)
+    return [rehearsal.costs(setting, update_density) for setting, update_density in settings]
+
+
+def _joined(costs: Sequence[Costs]) -> Costs:
+    """Return the costs of one setting with the seconds of all that have rehearsed it."""
+    compress, shard, replay = (
+        np.concatenate([getattr(one, part) for one in costs]) for part in ("compress", "shard", "replay")
+    )
+    return replace(costs[0], compress=compress, shard=shard, replay=replay)
 
 
 @final

@@ -23,7 +23,7 @@ def middle(sample: Sample) -> float:
     return float(np.median(sample))
 
 
-def drawn(sample: Sample, count: int, generator: np.random.Generator) -> Sample:
+def drawn(sample: Sample, count: int | tuple[int, int], generator: np.random.Generator) -> Sample:
     """Return ``count`` of the repetitions, drawn with replacement: what the quantity may be, as far as that is known.
 
     Source: the bootstrap, Efron, "Bootstrap methods: another look at the jackknife", doi:10.1214/aos/1176344552.

@@ -44,6 +44,8 @@ EVERYTHING: Final = Setting("everything", "--threshold 0", "HardThreshold", 1.0)
 def settings_for(densities: Sequence[float]) -> list[Setting]:
     """Return what is compared, from the mildest on: everything, then each density, the largest first.
 
+    Densities are taken to three digits, as they are shown.
+
     Raises:
         ConfigurationError: when a density is not in (0, 1].
 
@@ -51,8 +53,9 @@ def settings_for(densities: Sequence[float]) -> list[Setting]:
     ['everything', 'bfloat16', 'density 0.01', 'density 0.01, bfloat16', 'top-k 0.01']
     """
     found = [EVERYTHING, Setting("bfloat16", "--compressor BFloat16", "BFloat16", 1.0)]
-    for density in sorted({*densities}, reverse=True):
+    for density in densities:
         check_density(density)
+    for density in sorted({float(f"{density:.3g}") for density in densities}, reverse=True):
         shown = f"{density:.3g}"
         rounded = "Quantized(HardThreshold, BFloat16)"
         found += [

@@ -5,8 +5,8 @@ from thresher.deploy.advise.link import Link, given_link, measure_link
 from thresher.deploy.advise.model import Model, load_model, model_of
 from thresher.deploy.advise.past import PastRun, read_past
 from thresher.deploy.advise.question import Question
-from thresher.deploy.advise.rehearsal import Rehearsal
-from thresher.deploy.advise.samples import Sample, exactly
+from thresher.deploy.advise.rehearsal import rehearse
+from thresher.deploy.advise.samples import Sample, exactly, middle
 from thresher.deploy.advise.settings import pool_of, settings_for, update_density
 from thresher.deploy.watching_places import Place
 from thresher.protos.errors import ConfigurationError
@@ -32,13 +32,15 @@ def study(question: Question, place: Place | None) -> Advice:
     settings = settings_for([*question.densities, *compared])
     model = _model(question, past)
     workers = question.workers or (2 if past is None else past.workers)
-    link = _link(question, past, place)
-    shards = _shards(question, past) if link is None else len(link.alone)
-    rehearsal = Rehearsal(model, shards, workers)
-    pool = 1.0 if past is None else pool_of(past.density, past.update_density, past.workers)
-    costs = [rehearsal.costs(one, update_density(one.density, workers, pool)) for one in settings]
+    here = min(question.here, workers)
     compute = _compute(question, model, past)
-    return Advice(model, costs, workers, min(question.here, workers), shards, link, compute, past)
+    link = _link(question, past, place, compute)
+    shards = _shards(question, past) if link is None else len(link.alone)
+    pool = 1.0 if past is None else pool_of(past.density, past.update_density, past.workers)
+    costs = rehearse(
+        model, shards, workers, here, [(one, update_density(one.density, workers, pool)) for one in settings]
+    )
+    return Advice(model, costs, workers, here, shards, link, compute, past)
 
 
 def _model(question: Question, past: PastRun | None) -> Model:
@@ -51,9 +53,10 @@ def _shards(question: Question, past: PastRun | None) -> int:
     return question.shards or (1 if past is None else past.shards)
 
 
-def _link(question: Question, past: PastRun | None, place: Place | None) -> Link | None:
+def _link(question: Question, past: PastRun | None, place: Place | None, compute: Sample | None) -> Link | None:
     if place is not None:
-        return measure_link(place, question.timeout, question.shard_bandwidth)
+        idle = {} if compute is None else {"idle": middle(compute)}
+        return measure_link(place, question.timeout, question.shard_bandwidth, **idle)
     if question.bandwidth is None:
         return None
     shards = _shards(question, past)
