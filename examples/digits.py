@@ -64,7 +64,7 @@ def main() -> None:
             optimizer.step()
             print(json.dumps({"epoch": epoch, "epochs": options.epochs, "loss": loss.item()}))
         schedule.step()
-    print(json.dumps(evaluate(model, test)))
+        print(json.dumps(evaluate(model, test)))
 
 
 if __name__ == "__main__":

@@ -139,3 +139,12 @@ def test_the_caption_names_the_densest_and_the_sparsest_layer(run: Run) -> None:
     header, *rows = figure.table()
     assert header == ("run", "layer", "iteration", "density")
     assert len(rows) == 2 * 5
+
+
+def test_the_caption_names_no_layer_where_all_are_equally_dense(run: Run) -> None:
+    """As where everything is sent."""
+    worker = run.workers[0]
+    everything = {name: np.full(worker.layer_versions.size, float(size)) for name, size in SIZES.items()}
+    figure = layer_figure([replace(run, workers={0: replace(worker, layers=everything)})])
+    assert isinstance(figure, LayerDensity)
+    assert figure.caption == ("one: each of 2 layers has 100.00% on average.",)

@@ -47,15 +47,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_launched_run_is_reported(launched: Path, tmp_path: Path) -> None:
-    """What the shards counted is what is drawn."""
+    """All of it, and what the shards counted is what is drawn."""
     page = tmp_path / "report.html"
     told = runner.invoke(app, [str(launched), "--output", str(page), "--json"])
     assert told.exit_code == 0, told.output
     said = json.loads(told.stdout)
     assert said["output"] == str(page)
     assert said["runs"] == [{"name": "run", "notices": []}]
-    assert {"accuracy", "bytes", "density", "residual", "total-error", "shards"} <= {
-        one["name"] for one in said["figures"]
+    assert said["left_out"] == []
+    assert {one["name"] for one in said["figures"]} == {
+        *("loss", "accuracy", "bytes", "density", "threshold", "residual", "total-error", "time", "shards", "layers")
     }
     (run,) = read_runs([launched])
     result = json.loads((launched / "result.json").read_text())["sparse"]

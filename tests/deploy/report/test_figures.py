@@ -1,6 +1,7 @@
 """The drawings."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -10,7 +11,7 @@ from tests.deploy.report.written import write_run
 from thresher.deploy.report.breakdown import layer_figure, shard_figure, time_figure
 from thresher.deploy.report.figures import AnyFigure, png, svg
 from thresher.deploy.report.runs import read_runs
-from thresher.deploy.report.series import LeftOut, curve_figures
+from thresher.deploy.report.series import Curves, LeftOut, curve_figures
 
 KINDS = ["loss", "time", "shards", "layers"]
 
@@ -57,6 +58,20 @@ def test_numbers_on_axes_are_whole(figures: dict[str, AnyFigure]) -> None:
     root = ET.fromstring(svg(figures["loss"]))  # noqa: S314 - our own
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"0.01", "0.1", "1"} <= set(texts)
+
+
+def test_nearly_the_same_accuracy_looks_nearly_the_same(tmp_path: Path) -> None:
+    """The axis spans five percent and ends at 100; few decades of bytes have numbers in between."""
+    runs = read_runs([write_run(tmp_path / name, length) for name, length in (("short", 5), ("long", 100))])
+    nearly = zip(runs, (0.981, 0.983), strict=True)
+    runs = [replace(run, printed={}, result={"accuracy": accuracy}) for run, accuracy in nearly]
+    accuracy = next(
+        figure for figure in curve_figures(runs) if isinstance(figure, Curves) and figure.name == "accuracy"
+    )
+    texts = [element.text for element in ET.fromstring(svg(accuracy)).iter("{http://www.w3.org/2000/svg}text")]  # noqa: S314 - our own
+    assert {"96%", "98%", "100%"} <= set(texts)
+    assert "101%" not in texts
+    assert {"5 kB", "10 kB", "20 kB"} <= set(texts)
 
 
 def test_many_runs_look_different(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from thresher.deploy.report.runs import read_runs
 from thresher.protos.errors import ConfigurationError
 
 EVERY_FIGURE = [
-    *("bytes", "density", "loss", "accuracy", "threshold"),
+    *("loss", "accuracy", "bytes", "density", "threshold"),
     *("residual", "total-error", "time", "shards", "layers"),
 ]
 _SEEN = """
@@ -116,6 +116,19 @@ def test_ink_and_paper_follow_the_reader(page: Page, scheme: str, media: str, *,
     )
     assert (sum(paper) > sum(ink)) == is_light
     assert drawn == ink
+
+
+@pytest.mark.parametrize(("media", "width"), [("", 1100), ("", 800), ("", 360), ("print", 718)])
+def test_nothing_leaves_the_page_at_the_side(page: Page, media: str, width: int) -> None:
+    """On a screen what is too wide scrolls in its own box; an A4 sheet with margins (718 px) cannot scroll."""
+    page.ask("Emulation.setEmulatedMedia", media=media)
+    page.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    assert page.value("innerWidth") == width
+    assert page.value("document.documentElement.scrollWidth") <= width
+    hidden = page.value("[...document.querySelectorAll('.wide')].map(box => box.scrollWidth - box.clientWidth)")
+    assert len(hidden) == 1 + len(EVERY_FIGURE)
+    if media == "print" or width == 1100:
+        assert max(hidden) <= 0
 
 
 def test_the_table_compares_with_the_dense_run(report: Report) -> None:

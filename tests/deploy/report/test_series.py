@@ -51,8 +51,8 @@ def test_captions_say_what_is_seen(run: Run) -> None:
         "one: from 2 to 0.0506 (mean of the last twentieth) after 21 kB and 40 iterations"
     )
     assert captions["bytes"].startswith("one: up 216 B on average (210 B … 222 B), 8.64 kB in all; down 310 B")
-    assert captions["density"].startswith("one: push 14.06% on average (12.50% … 15.62%); update")
-    assert captions["threshold"] == "one: 0.01 on average (0.01 … 0.01)."
+    assert captions["density"].startswith("one: pushes 14.06% on average (12.50% … 15.62%); updates")
+    assert captions["threshold"] == "one: 0.01 throughout."
     assert captions["residual"].endswith("; 0.447 at the end.")
     assert captions["total-error"] == f"one: {sum(8 / version for version in range(1, 41)):.3g} after 40 iterations."
 
@@ -67,12 +67,30 @@ def test_loss_that_is_not_finite_is_counted(run: Run) -> None:
     assert "no finite value" in caption
 
 
-def test_rounds_for_a_mean_only_have_no_density(tmp_path: Path) -> None:
-    """They are no points of that curve."""
-    rows = [shard_row(0, 1), shard_row(0, 2, only_mean=True, push_density=0.0), shard_row(0, 3)]
+def test_rounds_for_a_mean_only_are_no_part_of_what_compression_does(tmp_path: Path) -> None:
+    """In densities, λ and what is kept they are no points, and what they carry counts for nothing; bytes are bytes."""
+    mean = {"only_mean": True, "push_density": 1.0, "update_density": 1.0, "residual_squared": 0.0, "threshold": 9.0}
+    rows = [shard_row(0, 1), shard_row(0, 2, **mean), shard_row(0, 3), shard_row(0, 4, **mean)]
     write_lines(tmp_path / "shard-0.iterations.jsonl", rows)
-    density = figures_of(*read_runs([tmp_path]))["density"]
-    assert density.panels[0].curves[0].points.x.tolist() == [1.0, 3.0]
+    figures = figures_of(*read_runs([tmp_path]))
+    for name in ("density", "threshold", "residual"):
+        for panel in figures[name].panels:
+            assert panel.curves[0].points.x.tolist() == [1.0, 3.0], name
+    assert figures["residual"].caption[0].endswith("1.58 on average (1.15 … 2); 1.15 at the end.")
+    assert figures["threshold"].caption[0].endswith("0.01 throughout.")
+    assert figures["total-error"].caption[0].endswith("5.33 after 4 iterations.")
+    assert figures["bytes"].panels[0].curves[0].points.x.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_total_error_stands_still_in_rounds_for_a_mean_only(run: Run) -> None:
+    """Whatever their rows say."""
+    only_mean = np.arange(40) % 3 == 1
+    squared = np.where(only_mean, 7.0, run.rounds["residual_squared"])
+    rounds = {**run.rounds, "only_mean": only_mean.astype(float), "residual_squared": squared}
+    (panel,) = figures_of(replace(run, rounds=rounds))["total-error"].panels
+    grown = np.diff(panel.curves[0].points.mean)
+    assert (grown[only_mean[1:]] == 0).all()
+    assert (grown[~only_mean[1:]] > 0).all()
 
 
 def test_runs_keep_their_place_in_every_figure(run: Run) -> None:

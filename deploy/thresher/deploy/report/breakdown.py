@@ -144,7 +144,12 @@ def time_figure(runs: Sequence[Run]) -> Times | LeftOut:
     parts = tuple(part for position, run in enumerate(runs) if (part := _run_time(position, run)) is not None)
     if not parts:
         return LeftOut(title, "no run has worker-N.iterations.jsonl, and barrier_seconds in its shards' rows")
-    return Times("time", title, (*map(_time_text, parts), *_missing(runs, [part.name for part in parts])), parts)
+    caption = (
+        *map(_time_text, parts),
+        "Means over the workers of a run.",
+        *_missing(runs, [one.name for one in parts]),
+    )
+    return Times("time", title, caption, parts)
 
 
 def _run_time(position: int, run: Run) -> RunTime | None:
@@ -194,7 +199,7 @@ def _time_text(part: RunTime) -> str:
     whole = sum(part.total.values()) or 1.0
     shares = ", ".join(f"{phase} {seconds:.3g} s ({seconds / whole:.0%})" for phase, seconds in part.total.items())
     seconds, iteration = part.longest
-    return f"{part.name}: {shares}, of a worker on average; the longest iteration is {iteration}, {seconds:.3g} s."
+    return f"{part.name}: {shares}; iteration {iteration} is the longest with {seconds:.3g} s."
 
 
 def shard_figure(runs: Sequence[Run]) -> ShardBytes | LeftOut:
@@ -253,6 +258,8 @@ def _run_layers(run: Run) -> RunLayers | None:
 
 def _layer_text(part: RunLayers) -> str:
     most, least = int(part.mean.argmax()), int(part.mean.argmin())
+    if part.mean[most] == part.mean[least]:
+        return f"{part.name}: each of {len(part.layers)} layers has {part.mean[most]:.2%} on average."
     return (
         f"{part.name}: {part.layers[most]} is the densest of {len(part.layers)} layers with {part.mean[most]:.2%} on "
         f"average, {part.layers[least]} the sparsest with {part.mean[least]:.2%}."

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from thresher.deploy.report.breakdown import PHASES, LayerDensity, RunTime, ShardBytes, Times
 from thresher.deploy.report.rows import Numbers
@@ -37,6 +37,8 @@ _INK, _GRID = "#010203", "#040506"
 _WIDTH: Final = 11.0  # inches; 72 points each
 _FEW: Final = 60  # points, up to which each has its marker
 _DECADES: Final = 1.5  # from which an axis is logarithmic
+_FEW_DECADES: Final = 2.0  # up to which a logarithmic axis of bytes has more numbers than the powers of ten
+_LEAST_SPAN: Final = 0.05  # of values shown in percent: what is nearly the same has to look so
 _MOST_LAYERS: Final = 40
 _LIMIT_QUANTILE: Final = 0.98
 
@@ -116,7 +118,7 @@ def _empty(height: float) -> Figure:
 
 
 def _curves(figure: Curves) -> Figure:
-    drawing = _empty(3.7)
+    drawing = _empty(3.1)
     grid = drawing.subplots(1, len(figure.panels), squeeze=False)[0]
     lines, *_ = [_panel(axes, panel) for axes, panel in zip(grid, figure.panels, strict=True)]
     names = [curve.name for curve in figure.panels[0].curves]
@@ -141,24 +143,39 @@ def _panel(axes: Axes, panel: Panel) -> list[Line2D]:
         if many:
             least, most = _drawable(points.least, is_log=is_log), _drawable(points.most, is_log=is_log)
             axes.fill_between(points.x, least, most, color=colour, alpha=0.18, linewidth=0)
+    _set_upright(axes, panel, values, is_log=is_log)
+    _set_along(axes, panel)
+    axes.set_title(panel.quantity)
+    return lines
+
+
+def _set_upright(axes: Axes, panel: Panel, values: Numbers, *, is_log: bool) -> None:
     if is_log:
         axes.set_yscale("log")
-    elif panel.unit != "%":
+    elif panel.unit == "%":
+        middle = (values.min(initial=1.0) + values.max(initial=0.0)) / 2
+        span = np.clip([middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2], 0.0, 1.0)
+        axes.update_datalim([(0.0, end) for end in span], updatex=False)
+        axes.autoscale_view()
+    else:
         axes.update_datalim([(0.0, 0.0)], updatex=False)  # from zero
         axes.autoscale_view()
         axes.set_ylim(bottom=min(0.0, float(values.min(initial=0.0))))
     _format(axes.yaxis, panel.unit, is_log=is_log)
-    axes.set_title(panel.quantity)
+
+
+def _set_along(axes: Axes, panel: Panel) -> None:
     ends = np.array([curve.points.x[-1] for curve in panel.curves if curve.points.x.size])
     if panel.against == "bytes":
         if _decades(ends) > 1.0:
             axes.set_xscale("log")
+            if _decades(np.array(axes.get_xlim())) < _FEW_DECADES:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     if axes.get_xscale() == "linear":
         axes.set_xlim(left=0)
     axes.set_xlabel("bytes moved, both directions" if panel.against == "bytes" else "iteration")
-    return lines
 
 
 def _format(axis: Any, unit: Unit, *, is_log: bool) -> None:  # noqa: ANN401 - both axes of matplotlib, which has no public base
@@ -205,7 +222,7 @@ def _times(figure: Times) -> Figure:
         totals.barh(names, seconds, left=left, color=colour, hatch=hatch, label=phase, height=0.7, linewidth=0)
         left += seconds
     totals.invert_yaxis()
-    totals.set_title("in all, seconds of a worker")
+    totals.set_title("in all, seconds of a worker (mean over workers)")
     totals.grid(visible=False, axis="y")
     handles, labels = totals.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower left", ncols=len(labels))

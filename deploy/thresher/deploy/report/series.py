@@ -98,7 +98,10 @@ class LeftOut:
 def curve_figures(runs: Sequence[Run]) -> list[Curves | LeftOut]:
     """Return the figures of all that has a value per iteration."""
     both = {"up": "push_bytes", "down": "pull_bytes"}
+    densities = {"pushes": "push_density", "updates": "update_density"}
     return [
+        _printed(runs, "loss"),
+        _printed(runs, "accuracy"),
         _over_iterations(
             runs, "bytes", "Bytes of each iteration", "bytes",
             {f"{way}, bytes": partial(_column, field=field) for way, field in both.items()},
@@ -106,20 +109,20 @@ def curve_figures(runs: Sequence[Run]) -> list[Curves | LeftOut]:
         ),
         _over_iterations(
             runs, "density", "Density of pushes and of updates", "%",
-            {"of the pushes": partial(_density, what="push"), "of the updates": partial(_density, what="update")},
-            lambda run: "; ".join(f"{what} {_mean_text(_density(run, what), _percent)}" for what in ("push", "update")),
+            {f"of the {name}": partial(_compressed, field=field) for name, field in densities.items()},
+            lambda run: "; ".join(
+                f"{name} {_mean_text(_compressed(run, field), _percent)}" for name, field in densities.items()
+            ),
         ),
-        _printed(runs, "loss"),
-        _printed(runs, "accuracy"),
         _over_iterations(
             runs, "threshold", "Threshold", "",
-            {"λ, gradient units": partial(_column, field="threshold")},
-            lambda run: _mean_text(run.rounds["threshold"], _short),
+            {"λ, gradient units": partial(_compressed, field="threshold")},
+            lambda run: _mean_text(_compressed(run, "threshold"), _short),
         ),
         _over_iterations(
             runs, "residual", "Norm of what the workers keep", "",
             {"residual norm": _residual_norm},
-            lambda run: f"{_mean_text(_residual_norm(run), _short)}; {_short(_residual_norm(run)[-1])} at the end",
+            lambda run: f"{_mean_text(_residual_norm(run), _short)}; {_short(_last(_residual_norm(run)))} at the end",
         ),
         _over_iterations(
             runs, "total-error", "Total error", "",
@@ -192,17 +195,21 @@ def _column(run: Run, field: str) -> Numbers:
     return run.rounds[field]
 
 
-def _density(run: Run, what: str) -> Numbers:
-    """Return densities; NaN in rounds for a mean only, which are no part of them."""
-    return np.where(run.rounds["only_mean"] == 0, run.rounds[f"{what}_density"], np.nan)
+def _compressed(run: Run, field: str) -> Numbers:
+    """Return a column of what compression did; NaN in rounds for a mean only, in which nothing was compressed."""
+    return np.where(run.rounds["only_mean"] == 0, run.rounds[field], np.nan)
 
 
 def _residual_norm(run: Run) -> Numbers:
-    return np.sqrt(run.rounds["residual_squared"])
+    return np.sqrt(_compressed(run, "residual_squared"))
 
 
 def _total_error(run: Run) -> Numbers:
-    return np.cumsum(run.rounds["residual_squared"])
+    return np.nancumsum(_compressed(run, "residual_squared"))
+
+
+def _last(column: Numbers) -> float:
+    return float(column[np.isfinite(column)][-1])
 
 
 def _volume(column: Numbers) -> str:
@@ -211,7 +218,10 @@ def _volume(column: Numbers) -> str:
 
 def _mean_text(column: Numbers, text: Callable[[float], str]) -> str:
     there = column[np.isfinite(column)]
-    return f"{text(there.mean())} on average ({text(there.min())} … {text(there.max())})" if there.size else "none"
+    if not there.size:
+        return "none"
+    mean, least, most = (text(value) for value in (there.mean(), there.min(), there.max()))
+    return f"{mean} throughout" if least == most else f"{mean} on average ({least} … {most})"
 
 
 def _course(column: Numbers, text: Callable[[float], str]) -> str:
@@ -234,4 +244,4 @@ def _percent(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
