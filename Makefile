@@ -40,7 +40,7 @@ storm: $(VENV)/.with-examples ## kill shards and workers hundreds of times, in e
 ray-storm: $(VENV)/.with-ray ## kill shards, workers, nodes and drivers on a small Ray cluster; 15 minutes, needs root
 	$(BIN)/python benchmarks/ray_storm.py $(RAY_STORM_OPTIONS)
 
-compose-proof: $(VENV)/.created ## bring docker-compose.yml up, kill a shard and a worker, compare the counters; needs root
+compose-proof: $(VENV)/.created ## bring docker-compose.yml up, kill a shard and a worker, compare the counters, ask every panel; needs root
 	$(BIN)/python benchmarks/compose_proof.py
 
 # Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts

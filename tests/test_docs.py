@@ -204,8 +204,11 @@ def anchors(page: Path) -> set[str]:
 def parameters() -> dict[str, list[Any]]:
     """What each command takes; typer hands out objects of the click that it has inside or beside it."""
     group: Any = typer.main.get_command(app)
-    ray: Any = group.commands["ray"]
-    verbs = {f"ray {name}": command for name, command in ray.commands.items()}
+    verbs = {
+        f"{name} {verb}": inner
+        for name, command in group.commands.items()
+        for verb, inner in getattr(command, "commands", {}).items()
+    }
     return {name: command.params for name, command in (group.commands | verbs).items()}
 
 
@@ -222,7 +225,8 @@ def test_every_option_exists(page: Path) -> None:
     everywhere = set().union(*options().values(), script_options())
     spoken = {option for one in ticked(page) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", one)}
     assert not sorted(spoken - everywhere)
-    for command, arguments in re.findall(r"thresher (launch|serve|replay|certs|ray \w+)((?: [^\s`]+)*)", text):
+    commands = "|".join(sorted(options(), key=len, reverse=True))  # the longest first: some have verbs
+    for command, arguments in re.findall(rf"thresher ({commands})\b((?: [^\s`]+)*)", text):
         own = re.split(r"\S+\.py\b", arguments)[0]
         assert not sorted(set(re.findall(r"--[a-z][a-z-]+", own)) - options()[command]), arguments
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from thresher.deploy.display import Picture
-from thresher.deploy.launch import launch, state_of
+from thresher.deploy.launch import launch, name_of, state_of
 from thresher.deploy.launch_config import LaunchConfig
 from thresher.deploy.results import RunResult, write_results
 from thresher.deploy.stop_signals import StopSignals
@@ -39,6 +39,14 @@ def test_two_launchers_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
         fcntl.flock(locked, fcntl.LOCK_EX)
         with pytest.raises(ConfigurationError, match="another launcher is at work"):
             launch(CONFIG, tmp_path, unseen, StopSignals())
+
+
+def test_a_run_is_called_as_its_folder_and_its_baseline_by_both(tmp_path: Path) -> None:
+    """Two runs of one Prometheus are told apart by it, and each from its own baseline."""
+    run = tmp_path / "digits"
+    run.mkdir()
+    CONFIG.write(run / "launch.json")
+    assert [name_of(folder) for folder in (run, run / "dense")] == ["digits", "digits/dense"]
 
 
 def test_state_lies_in_the_folder_of_the_run(tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
+import grpc
 import pytest
 
 from thresher.deploy.in_process import in_process
 from thresher.deploy.ranks import Seat, take_rank
 from thresher.protos.errors import ConfigurationError, ConnectionTimeoutError
+from thresher.server.server import SERVICE
+from thresher.v1 import aggregation_pb2 as pb
 
 COMMAND = """
 import typer
@@ -143,4 +148,38 @@ def test_shards_that_are_not_there_are_waited_for_and_named(tmp_path: Path) -> N
     environment = {**of(tmp_path, ("127.0.0.1:1",), 1), "THRESHER_CONNECT_TIMEOUT": "0.3"}
     for _ in range(2):  # the rank is free again
         with pytest.raises(ConnectionTimeoutError, match=r"shard 0 at 127\.0\.0\.1:1"):
+            take_rank(environment)
+
+
+@contextmanager
+def hanging() -> Iterator[str]:
+    """A shard that answers once, and then no more: its disk or its machine hangs. Yields its address."""
+    asked, over = Event(), Event()
+
+    def answer(request: pb.StatisticsRequest, context: grpc.ServicerContext) -> pb.StatisticsResponse:
+        if asked.is_set():
+            over.wait()
+        asked.set()
+        return pb.StatisticsResponse()
+
+    method = grpc.unary_unary_rpc_method_handler(
+        answer, pb.StatisticsRequest.FromString, pb.StatisticsResponse.SerializeToString
+    )
+    server = grpc.server(ThreadPoolExecutor(8))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Statistics": method}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        over.set()
+        server.stop(None).wait()
+
+
+@pytest.mark.timeout(30)
+def test_a_shard_that_hangs_keeps_a_rank_no_longer_than_the_connect_timeout(tmp_path: Path) -> None:
+    """The rank is locked all the while: nobody else could take it, and the caller said how long is too long."""
+    with hanging() as address:
+        environment = {**of(tmp_path, (address,), 1), "THRESHER_CONNECT_TIMEOUT": "1"}
+        with pytest.raises(ConnectionTimeoutError, match=f"shard 0 at {address} did not answer worker 0 in time"):
             take_rank(environment)

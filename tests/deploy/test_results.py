@@ -276,6 +276,16 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     assert read_results(path) == {"sparse": one}
 
 
+def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """A disk or a folder that does not give it is no foreign error, for results and for rows."""
+    path = tmp_path / "result.json"
+    path.mkdir()
+    with pytest.raises(ConfigurationError, match=r"result\.json cannot be read: Is a directory; mend"):
+        read_results(path)
+    with pytest.raises(ConfigurationError, match=r"shard-0\.jsonl cannot be read: No such file or directory; mend"):
+        merge_iterations([tmp_path / "shard-0.jsonl"], tmp_path / "whole.jsonl", lockstep=True)
+
+
 @pytest.mark.parametrize("text", ["{", '{"sparse": {"accuracy": 1}}', "[]"])
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
     """It is named, and nothing is made of it."""

@@ -138,6 +138,23 @@ def test_a_directory_that_is_slow_holds_up_nobody() -> None:
             assert look_until(watch, 0, "SERVING").where == cluster.addresses[0]
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "shard-0.log"), RuntimeError()])
+def test_what_nobody_expected_makes_a_shard_silent_until_it_is_over(error: Exception) -> None:
+    """It is told as it is, and the shard is looked for again: the look is never that of before."""
+    with in_process(shards=1, workers=1) as cluster:
+        found = iter([error])
+
+        def unsteady() -> str:
+            for wrong in found:
+                raise wrong
+            return cluster.addresses[0]
+
+        with Watch(Place("run", (unsteady,)), "the test", 10.0) as watch:
+            (look,) = watch.look()
+            assert (look.state, look.reason) == ("SILENT", str(error) or repr(error))
+            assert look_until(watch, 0, "SERVING").where == cluster.addresses[0]
+
+
 def test_a_run_whose_outcome_is_known_has_ended_and_nobody_is_asked() -> None:
     def never() -> str:
         raise AssertionError("asked")

@@ -1,6 +1,9 @@
 """docker-compose.yml against the code: its commands are ones that exist, its settings ones that are read."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,34 @@ def test_under_tls_nobody_speaks_in_the_clear() -> None:
         told = overlay[name]["environment"]
         assert told["THRESHER_INSECURE"] == 0
         assert {"THRESHER_TLS_CA", "THRESHER_TLS_CERT", "THRESHER_TLS_KEY"} < told.keys()
+
+
+def test_certificates_are_made_whole_and_once(tmp_path: Path) -> None:
+    """What `certs` runs, in another folder: somebody who was killed has left a part of them."""
+    name, *arguments = services(DOCKER / "tls.yml")["certs"]["entrypoint"]
+    told = [argument.replace("/certs", str(tmp_path)) for argument in arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "making").mkdir()
+    (tmp_path / "making" / "ca.pem").write_text("a part", encoding="utf-8")
+    made: list[dict[Path, bytes]] = []
+    for _ in range(2):
+        subprocess.run([name, *told], check=True, capture_output=True, timeout=60, env=os.environ | {"PATH": path})
+        made.append({file: file.read_bytes() for file in (tmp_path / "made").iterdir()})
+    assert made[0] == made[1]
+    asked = {value for shard in WORKERS for value in services(DOCKER / "tls.yml")[shard]["environment"].values()}
+    asked |= set(services(DOCKER / "tls.yml")["shard-0"]["environment"].values())
+    needed = {str(one).removeprefix("/certs/").format(rank=3) for one in asked if str(one).startswith("/certs/")}
+    assert needed <= {str(file.relative_to(tmp_path)) for file in made[0]}
+    assert not (tmp_path / "making").exists()
+
+
+def test_who_is_waited_for_until_it_is_well_says_whether_it_is() -> None:
+    """By a health check of its own, or, for what is built here, the image's."""
+    ours = {*SHARDS, *WORKERS}
+    for told in services().values():
+        for name, waited in told.get("depends_on", {}).items():
+            assert waited["condition"] == "service_healthy"
+            assert name in ours or "test" in services()[name]["healthcheck"]
 
 
 def test_the_image_is_made_of_files_that_reach_it() -> None:

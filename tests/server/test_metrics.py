@@ -112,6 +112,18 @@ def test_a_histogram_counts_each_round_once() -> None:
     assert found["thresher_last_iteration_timestamp_seconds", SHARD] > 0
 
 
+def test_a_round_for_a_mean_only_is_no_part_of_the_densities() -> None:
+    """Nothing was compressed in it; but it was a round, and took its time."""
+    metrics = ShardMetrics(lambda: NOW)
+    metrics.observe(ROW)
+    metrics.observe(
+        replace(ROW, only_mean=True, push_density=0.0, update_density=0.0, residual_squared=0.0, pushed_elements=0)
+    )
+    found = scrape(metrics)
+    counts = {"push_density_distribution": 1, "update_density_distribution": 1, "round_seconds": 2}
+    assert {name: found[f"thresher_{name}_count", SHARD] for name in counts} == counts
+
+
 def test_before_the_first_round_there_are_no_last_values() -> None:
     """A density of zero would be a lie; a counter of zero is not."""
     fresh = replace(NOW, version=0, last_row=None, threshold=None, members=())

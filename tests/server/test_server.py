@@ -1,9 +1,11 @@
 """A served shard: health, ports, and the files and metrics that go with it."""
 
 import asyncio
+import http.client
 import json
 import logging
 import socket
+import threading
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -222,3 +224,54 @@ def test_rows_metrics_and_statistics_agree(tmp_path: Path) -> None:
     assert samples["thresher_push_density_distribution_count"] == samples["thresher_staleness_distribution_count"] == 5
     assert samples["thresher_staleness"] == 0
     assert samples["thresher_journal_bytes"] > 0
+
+
+class Scraper(threading.Thread):
+    """Scrapes as fast as it can until the connection is refused or closed; keeps the status and text of each answer."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(daemon=True)
+        self.address = address
+        self.answers: list[tuple[int, str]] = []
+        self.has_begun = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            connection = http.client.HTTPConnection(self.address, timeout=10)
+            try:
+                connection.request("GET", "/metrics")
+                answer = connection.getresponse()
+                self.answers.append((answer.status, answer.read().decode()))  # a torn one raises IncompleteRead
+            except ConnectionError:
+                return
+            finally:
+                connection.close()
+                self.has_begun.set()
+
+
+def test_a_scrape_while_a_shard_drains_is_whole_or_refused(tmp_path: Path) -> None:
+    """From the first notice to the closed journal: every answer has all counters as they are, and none is an error."""
+    config = replace(ALONE, metrics_listen="127.0.0.1:0", state_dir=tmp_path / "state")
+
+    async def scenario() -> list[Scraper]:
+        server = ShardServer(config)
+        await server.start()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await train(channel, 5)
+            scrapers = [Scraper(server.metrics_address) for _ in range(3)]
+            for scraper in scrapers:
+                scraper.start()
+                assert await asyncio.to_thread(scraper.has_begun.wait, 30)
+            await server.stop(grace=0.1)
+        for scraper in scrapers:
+            await asyncio.to_thread(scraper.join, 30)
+        return scrapers
+
+    for scraper in asyncio.run(scenario()):
+        assert not scraper.is_alive()
+        assert scraper.answers
+        for status, text in scraper.answers:
+            samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+            assert (status, samples["thresher_iterations_total"]) == (200, 5)
+            assert samples["thresher_push_density_distribution_count"] == 5
+            assert samples["thresher_build_info"] == 1

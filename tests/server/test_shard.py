@@ -254,10 +254,12 @@ def test_when_all_skip_the_version_moves_and_the_model_does_not() -> None:
 
 
 def test_a_mean_alone_moves_the_version_and_nothing_else() -> None:
-    """The mean comes back in the update; model, momentum, densities and total error are as if it had not been."""
+    """The mean comes back in the update; model, momentum, densities and residuals are as if it had not been."""
     shard = training()
     for rank in (0, 1):
         say(shard, push(rank, 0, residual_squared=1.0))
+    row = shard.statistics().last_row
+    assert row is not None
     say(shard, push(0, 1, 3.0, only_mean=True, residual_squared=1.0))
     done = say(shard, push(1, 1, 3.0, only_mean=True, residual_squared=1.0))
     update = only(effects.Publish, done).sealed.update
@@ -266,6 +268,7 @@ def test_a_mean_alone_moves_the_version_and_nothing_else() -> None:
     assert only(effects.WriteRow, done).row.only_mean
     now = shard.statistics()
     assert (now.version, parameters(shard), now.residual_squared_total) == (2, [-1.0] * 4, 1.0)
+    assert now.last_row == row
     assert {(m.pushed_elements, m.pushable_elements) for m in now.members} == {(4, 4)}
     close_round(shard, (0, 1), 2)
     assert parameters(shard) == [-2.5] * 4  # momentum 0.5 of the step before the mean

@@ -252,6 +252,20 @@ def test_a_killed_shard_is_the_shard_that_was_not(mode: Consistency, downlink: D
     assert len(journal.checkpoints) > 2
 
 
+def test_a_crash_behind_a_mean_leaves_no_last_row_rather_than_that_of_the_mean() -> None:
+    """It has neither residuals nor densities; the next round of gradients has."""
+    journal = journaled(1)
+    journal.say(push(0, 0, residual_squared=1.0))
+    journal.say(push(0, 1, only_mean=True))
+    journal.crash()
+    assert journal.shard.statistics().last_row is None
+    journal.say(hello(0, history_of(journal.shard)))
+    journal.say(push(0, 2, residual_squared=4.0))
+    row = journal.shard.statistics().last_row
+    assert row is not None
+    assert (row.version, row.residual_squared) == (3, 4.0)
+
+
 def test_everything_is_kept_that_must_not_be_forgotten() -> None:
     """Verdicts, threshold, schedule, agreements, departures, rows: a crash changes no answer."""
     journal = journaled(3)

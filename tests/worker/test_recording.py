@@ -283,6 +283,12 @@ def test_layers_are_counted_as_one_would_by_hand(sizes: list[int], data: st.Data
     assert min(sizes[int(name)] for name in found) >= sorted(sizes, reverse=True)[len(found) - 1]
 
 
+def test_of_a_push_of_everything_layers_are_counted_without_a_look_at_it() -> None:
+    """Their sizes are known; on the meta device there is nothing to look at."""
+    layout = Layout((TensorSpec("w", (2, 3), "float32", 0), TensorSpec("b", (4,), "float32", 0)))
+    assert Layers(layout).count(SparseGradient.dense(torch.empty(10, device="meta"))) == {"w": 6, "b": 4}
+
+
 def test_layers_are_in_the_first_row_and_every_tenth() -> None:
     """So that the file grows little with the number of tensors."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, final
 
+from thresher.deploy.discovery import target_groups
 from thresher.deploy.display import Picture
 from thresher.deploy.launch_config import LaunchConfig
 from thresher.deploy.processes import Child, ReservedPort, end_all, kill_all, printed_data
@@ -254,11 +255,7 @@ class Launch:
         """Tell Prometheus where the endpoints are (file_sd_configs)."""
         shards = [str(shard.child.data["metrics"]) for shard in self._shards]
         workers = [worker.metrics_address for worker in self._statistics[0].workers if worker.metrics_address]
-        document = [
-            {"targets": shards, "labels": {"job": "thresher-shard"}},
-            {"targets": workers, "labels": {"job": "thresher-worker"}},
-        ]
-        text = json.dumps(document)
+        text = json.dumps(target_groups(name_of(self._folder), shards, workers))
         path = self._folder / "targets.json"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             with suppress(OSError):  # a full disk: tried again the next time
@@ -310,6 +307,12 @@ class Launch:
         parts = [self._folder / f"shard-{shard}.iterations.jsonl" for shard in range(self._config.shards)]
         merge_iterations(parts, self._folder / "iterations.jsonl", lockstep=lockstep)
         return True
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of the run in a folder: the folder's, and ``NAME/dense`` for the baseline of the run NAME."""
+    is_baseline = (folder.parent / CONFIG_FILE).exists()
+    return f"{folder.parent.name}/{folder.name}" if is_baseline else folder.name
 
 
 def state_of(folder: Path, shard: int) -> Path:

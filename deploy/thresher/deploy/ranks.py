@@ -127,9 +127,13 @@ def _state(calls: Any, rank: int, deadline: float) -> str:  # noqa: ANN401 - Sha
     while True:
         calls.wait_ready(deadline)
         try:
-            return next((seen.state for seen in calls.statistics().workers if seen.rank == rank), "")
-        except (ShardLostError, ConnectionTimeoutError):  # it was killed just now
+            told = calls.statistics(timeout=max(_PAUSE_SECONDS, deadline - time.monotonic()))
+        except (ShardLostError, ConnectionTimeoutError) as error:  # it was killed just now
+            if isinstance(error, ConnectionTimeoutError) and time.monotonic() >= deadline:
+                raise
             time.sleep(_PAUSE_SECONDS)
+        else:
+            return next((seen.state for seen in told.workers if seen.rank == rank), "")
 
 
 def _settings(environment: Mapping[str, str]) -> tuple[Path, int]:

@@ -89,8 +89,9 @@ def read_results(path: Path) -> dict[str, RunResult]:
     """
     if not path.exists():
         return {}
+    text = _text_of(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text)
         return {name: RunResult(**one) for name, one in document.items() if isinstance(one, dict)}
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} holds no results: {error}; remove it to have them made again") from None
@@ -156,8 +157,11 @@ def merge_iterations(parts: Iterable[Path], whole: Path, *, lockstep: bool) -> N
     times are those of the slowest shard, for each contributor by itself where they say how long its push has waited.
     Elsewhere shards close rounds for themselves, and those of one version need
     not be of the same pushes: the file has a row per round of each shard, with its ``shard``.
+
+    Raises:
+        ConfigurationError: when one of them cannot be read.
     """
-    rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for part in parts for line in _text_of(part).splitlines()]
     keys = ("version",) if lockstep else ("version", "shard")
     key = itemgetter(*keys)
     rows.sort(key=key)
@@ -255,6 +259,15 @@ def model_tensors(layout: Layout, parameters: Tensor, untrained: Mapping[str, Te
         for name in (spec.name, *spec.aliases):
             tensors[name] = untrained[spec.name].clone()
     return tensors
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error.strerror}; mend what keeps it from being read, and try again"
+        ) from None
 
 
 def _printed_number(printed: Mapping[str, Any], key: str) -> float | None:

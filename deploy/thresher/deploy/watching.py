@@ -14,7 +14,6 @@ from thresher.protos.errors import (
     ConfigurationError,
     DataLossError,
     RoundFailedError,
-    ThresherError,
 )
 from thresher.v1 import aggregation_pb2 as pb
 from thresher.worker.calls import ShardCalls, ShardLostError
@@ -236,7 +235,7 @@ class _Asker:
     def _answer(self) -> None:
         try:
             told = self._connected().statistics(timeout=self._timeout)
-        except ThresherError as error:
+        except Exception as error:  # noqa: BLE001 - nobody else would hear of it: the last look would seem to be this one
             self.close()
             self._calls = None
             self._look = self._after(error)
@@ -252,20 +251,20 @@ class _Asker:
             self._calls = ShardCalls(self._shard, where, self._who, place.credentials, insecure=place.insecure)
         return self._calls
 
-    def _after(self, error: ThresherError) -> ShardLook:
+    def _after(self, error: Exception) -> ShardLook:
         """Return what is known of a shard that was asked in vain. One that has failed or finished may well be gone."""
         then, state = self._look, _state_after(error)
         if state == "SILENT" and then.state in ("FAILED", "ENDED"):
             return then
         if state == "SILENT" and then.has_finished:
             return self._without_answer("ENDED", "it had finished when it was seen last")
-        return self._without_answer(state, str(error))
+        return self._without_answer(state, str(error) or repr(error))
 
     def _without_answer(self, state: State, reason: str) -> ShardLook:
         return replace(self._look, state=state, reason=reason)
 
 
-def _state_after(error: ThresherError) -> State:
+def _state_after(error: Exception) -> State:
     """Return whether a shard that was asked in vain may answer the next time."""
     if isinstance(error, ShardLostError):
         return "SILENT"

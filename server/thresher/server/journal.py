@@ -170,12 +170,14 @@ class Journal:
     @property
     def bytes(self) -> int:
         """Size in bytes of log and checkpoints on the disk; one that is being written is counted when it is whole."""
-        return self._bytes_behind + (0 if self._log is None else self._log.end)
+        log = self._log  # read once: who scrapes may come while it is closed
+        return self._bytes_behind + (0 if log is None else log.end)
 
     @property
     def log_bytes(self) -> int:
         """Bytes of the records since the last checkpoint was taken: what a recovery would have to replay."""
-        return self._records_behind + (0 if self._log is None else self._log.record_bytes)
+        log = self._log
+        return self._records_behind + (0 if log is None else log.record_bytes)
 
     def close(self) -> None:
         """Finish the checkpoint in progress, close the files and unlock the folder. A second call does nothing."""

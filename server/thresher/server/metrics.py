@@ -62,8 +62,9 @@ class ShardMetrics(Collector):
     def observe(self, row: IterationRow) -> None:
         """Fold one round into the histograms."""
         self._last_iteration = time.time()
-        self._push_density.observe(row.push_density)
-        self._update_density.observe(row.update_density)
+        if not row.only_mean:  # what is pushed for a mean only is no part of densities
+            self._push_density.observe(row.push_density)
+            self._update_density.observe(row.update_density)
         self._round_seconds.observe(row.round_seconds)
         self._staleness.observe(row.staleness)
 

@@ -68,7 +68,8 @@ class Shard:
         self._told_epoch = 0
         self._refused = dict.fromkeys(Verdict, 0)  # since this process began: what changes nothing is not kept
         self._failure = ""
-        self._last_row = None if self._state.newest is None else self._row(self._state.newest)
+        newest = self._state.newest
+        self._last_row = None if newest is None or newest.sealed.update.only_mean else self._row(newest)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time ``now`` (seconds, any origin, never backwards) and say what follows."""
@@ -304,12 +305,12 @@ class Shard:
         publications = self._feed.publish(told)
         closed = replace(closed, deliveries=self._feed.deliveries(publications, pushes))
         state.deliver(closed)
-        self._last_row = self._row(closed)
+        row = self._row(closed)
+        self._last_row = self._last_row if row.only_mean else row
         self._feed.cut(now)
         due = self._config.checkpoint_every and state.version % self._config.checkpoint_every == 0
         checkpoint = self._checkpoint(wait=False) if due else []
-        row, changes = effects.WriteRow(self._last_row), self._watch.changes(now)
-        return [effects.Append(closed), *publications, row, *checkpoint, *changes]
+        return [effects.Append(closed), *publications, effects.WriteRow(row), *checkpoint, *self._watch.changes(now)]
 
     def _announced(self, now: float) -> Membership | None:
         """Return who belongs to the run from the next round on, where the first shard has that to say."""
@@ -394,6 +395,5 @@ class Shard:
         return row_of(closed, self._config.shard, self._state.slice.numel, self._state.spec, self._round.waits)
 
     def _checkpoint(self, *, wait: bool) -> list[Effect]:
-        if self._state.replica is None:
-            return []
-        return [effects.Checkpoint(self._state.table(), self._state.tensors(), wait)]
+        state = self._state
+        return [] if state.replica is None else [effects.Checkpoint(state.table(), state.tensors(), wait)]

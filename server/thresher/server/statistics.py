@@ -34,7 +34,11 @@ class MemberStatistics:
 @final
 @dataclass(frozen=True, slots=True)
 class ShardStatistics:
-    """A shard now: all that metrics, displays and tests may know."""
+    """A shard now: all that metrics, displays and tests may know.
+
+    ``last_row`` is of the last round of gradients: one for a mean only has no residuals and no densities. None before
+    there is one, and where a restart finds such a round to be the newest.
+    """
 
     shard: int
     shards: int

@@ -44,12 +44,12 @@ statuses = st.builds(
 @given(st.lists(statuses, max_size=4))
 def test_every_endpoint_that_is_known_is_listed(seen: list[ShardStatus]) -> None:
     """Shards as often as they are, workers once, and what is not known not at all."""
-    shards, workers = document(seen)
+    shards, workers = document(RUN, seen)
     assert shards == {
         "targets": [one.metrics_address for one in seen if one.metrics_address],
-        "labels": {"job": "thresher-shard"},
+        "labels": {"job": "thresher-shard", "run": RUN},
     }
-    assert workers["labels"] == {"job": "thresher-worker"}
+    assert workers["labels"] == {"job": "thresher-worker", "run": RUN}
     assert set(workers["targets"]) == {address for one in seen for address in one.worker_metrics}
     assert len(set(workers["targets"])) == len(workers["targets"])
 

@@ -208,6 +208,8 @@ class Layers:
         """Return the elements of each tensor that are in ``sent``, by name."""
         if sent is None:
             return dict.fromkeys(self._names, 0)
+        if sent.count == sent.numel:
+            return dict(zip(self._names, (self._ends - self._begins).tolist(), strict=True))
         indices = sent.indices.cpu().numpy()  # increasing, as SparseGradient has them
         counts = np.searchsorted(indices, self._ends) - np.searchsorted(indices, self._begins)
         return dict(zip(self._names, counts.tolist(), strict=True))

@@ -156,7 +156,7 @@ def targets(
                 while True:
                     stop.pause(_PAUSE_SECONDS)
         if output is None:
-            typer.echo(json.dumps(finding.document(look(name))))
+            typer.echo(json.dumps(finding.document(name, look(name))))
 
 
 def _whole(path: Path | None) -> Path | None:

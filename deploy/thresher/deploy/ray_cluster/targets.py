@@ -1,7 +1,4 @@
-"""Where Prometheus finds the endpoints of a run on Ray: a document of its service discovery, as a file or over HTTP.
-
-Formats: https://prometheus.io/docs/prometheus/latest/http_sd/ and <file_sd_config> of Prometheus' configuration.
-"""
+"""Where Prometheus finds the endpoints of a run on Ray: a document of its service discovery, as a file or over HTTP."""
 
 import json
 import logging
@@ -14,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Final, final
 
+from thresher.deploy.discovery import target_groups
 from thresher.deploy.ray_cluster.cluster import ShardStatus, status
 from thresher.deploy.whole_files import write_whole
 from thresher.protos.errors import ConfigurationError, ThresherError
@@ -24,21 +22,18 @@ _logger = logging.getLogger(__name__)
 _READER_SECONDS: Final = 10.0
 
 
-def document(statuses: Sequence[ShardStatus]) -> list[dict[str, Any]]:
-    """List the endpoints of shards and workers that are known now, with the labels that `thresher launch` gives them.
+def document(name: str, statuses: Sequence[ShardStatus]) -> list[dict[str, Any]]:
+    """List the endpoints of the run ``name`` that are known now, with the labels that `thresher launch` gives them.
 
     A shard that does not answer has no address until it does, for it may come back at another one.
 
     Examples:
-        >>> document([ShardStatus(0, "SERVING", "", "10.0.0.1", metrics_address="10.0.0.1:9100")])[0]
-        {'targets': ['10.0.0.1:9100'], 'labels': {'job': 'thresher-shard'}}
+        >>> document("digits", [ShardStatus(0, "SERVING", "", "10.0.0.1", metrics_address="10.0.0.1:9100")])[0]
+        {'targets': ['10.0.0.1:9100'], 'labels': {'job': 'thresher-shard', 'run': 'digits'}}
     """
     shards = [one.metrics_address for one in statuses if one.metrics_address]
     workers = sorted({address for one in statuses for address in one.worker_metrics})  # each shard knows all of them
-    return [
-        {"targets": shards, "labels": {"job": "thresher-shard"}},
-        {"targets": workers, "labels": {"job": "thresher-worker"}},
-    ]
+    return target_groups(name, shards, workers)
 
 
 def write(name: str, path: Path) -> None:
@@ -91,7 +86,7 @@ def serve(name: str, listen: str) -> Iterator[str]:
 
 
 def _text(name: str) -> str:
-    return json.dumps(document(status(name)))
+    return json.dumps(document(name, status(name)))
 
 
 @final
