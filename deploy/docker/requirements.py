@@ -4,7 +4,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["project"]
-extras = [extra for extra in sys.argv[2].split(",") if extra]
-needed = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
-print("\n".join(needed))
+
+def needed(project: Path, extras: list[str]) -> list[str]:
+    """Requirements of the project, then those of its extras."""
+    found = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    return [*found["dependencies"], *(one for extra in extras for one in found["optional-dependencies"][extra])]
+
+
+if __name__ == "__main__":
+    print("\n".join(needed(Path(sys.argv[1]), [extra for extra in sys.argv[2].split(",") if extra])))

@@ -93,6 +93,7 @@ def test_a_seat_says_its_rank_in_all_settings_and_nowhere_else(tmp_path: Path) -
             }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_killed_worker_finds_its_memory_and_one_that_has_left_is_not_begun_again(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")

@@ -23,6 +23,10 @@ MAY_LOOK = {
     "deploy.certificates": "how long a certificate is good for",
     "deploy.ray_cluster.shard": "how long ago the last iteration was, for people",
     "server.iterations": "rows say when, for people",
+    "deploy.processes": "when something was printed, beside it in a file, for reports",
+    "deploy.report.page": "when the report was made, on the page",
+    "deploy.report.runs": "how old the last round of an unfinished run is, in a notice",
+    "worker.recording": "when a step ended, in its row, for people and loggers",
     "server.metrics": "the time of the last iteration, which Prometheus holds against its own clock",
 }
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow"}

@@ -58,6 +58,7 @@ def test_the_first_tensors_are_whole_but_for_the_last(sizes: list[int], most: in
     assert 0 < found[-1] <= sizes[len(found) - 1]
 
 
+@pytest.mark.slow
 def test_workers_of_one_machine_rehearse_at_once() -> None:
     """Each has its own seconds, and they send the same."""
     alone, two = (rehearse(MODEL, 1, 2, here, [(EVERYTHING, 1.0)]) for here in (1, 2))
