@@ -86,6 +86,7 @@ def check_rows_of_workers(folder: Path, result: dict[str, Any]) -> None:
     assert all(row["time"] > 1e9 for row in printed)
 
 
+@pytest.mark.slow  # `test_any_number_of_shards_gives_the_same_bits` says so without processes
 def test_the_number_of_shards_does_not_change_a_bit(start: Starter) -> None:
     """One shard process or three: the same final parameters."""
     models = []
