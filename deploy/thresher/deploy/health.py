@@ -1,6 +1,5 @@
 """``thresher health``: whether shards serve, for whoever starts them again or sends them work."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 
 from thresher.deploy.exit_codes import errors_told
-from thresher.deploy.watching_commands import Insecure, TlsCa, TokenFile
+from thresher.deploy.watching_commands import Insecure, Timeout, TlsCa, TokenFile, check_seconds
 from thresher.protos.credentials import Credentials, TlsFiles
 from thresher.protos.errors import ConfigurationError
 
@@ -29,7 +28,7 @@ def health(
     where: Annotated[
         str, typer.Argument(envvar="THRESHER_SHARDS", help="host:port,… of the shards.")
     ] = "127.0.0.1:50051",
-    timeout: Annotated[float, typer.Option(help="Seconds after which a shard that has not answered is silent.")] = 3.0,
+    timeout: Timeout = 3.0,
     tls_ca: TlsCa = None,
     tls_cert: ReaderCert = None,
     tls_key: ReaderKey = None,
@@ -39,8 +38,7 @@ def health(
 ) -> None:
     """Say of each shard whether it serves. Exit code 1 when one does not: it starts, drains, failed or is not there."""
     with errors_told(Console(stderr=True)):
-        if not 0 < timeout < math.inf:
-            raise ConfigurationError(f"--timeout must be a number of seconds above 0, not {timeout}")
+        check_seconds(timeout=timeout)
         tls = TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
         addresses = [address for address in where.split(",") if address]
         states = ask(addresses, Credentials(tls, token_file), timeout, insecure=insecure)

@@ -43,7 +43,7 @@ def status(
 ) -> None:
     """Show how shards and workers stand. Exit code 1 when a shard does not serve."""
     with errors_told(Console(stderr=True)):
-        _check_seconds(timeout=timeout)
+        check_seconds(timeout=timeout)
         from thresher.deploy import status as looking  # noqa: PLC0415 - it takes torch, and `--help` none
         from thresher.deploy.watching_places import Access, find  # noqa: PLC0415
 
@@ -70,7 +70,7 @@ def top(
 ) -> None:
     """Watch a run: how fast it goes and what it moves. Ends with it, or by Ctrl-C."""
     with errors_told(Console(stderr=True)):
-        _check_seconds(interval=interval, **({} if seconds is None else {"seconds": seconds}))
+        check_seconds(interval=interval, **({} if seconds is None else {"seconds": seconds}))
         from thresher.deploy import top as following  # noqa: PLC0415 - it takes torch, and `--help` none
         from thresher.deploy.watching_places import Access, find  # noqa: PLC0415
 
@@ -80,7 +80,8 @@ def top(
             raise typer.Exit(1)
 
 
-def _check_seconds(**given: float) -> None:
+def check_seconds(**given: float) -> None:
+    """Raise ConfigurationError for an option, by its name, that is no number of seconds."""
     for name, value in given.items():
         if not (math.isfinite(value) and value > 0):
             raise ConfigurationError(f"--{name} must be a finite number of seconds > 0, not {value}")
