@@ -464,6 +464,25 @@ def test_an_outer_optimizer_gets_the_mean_as_its_gradient() -> None:
     torch.testing.assert_close(ends[2], x)
 
 
+def test_a_threshold_of_the_run_may_change_in_between() -> None:
+    steps = torch.tensor([[[3.0, 1.0]], [[0.0, 1.0]]])
+    feedbacks = [ErrorFeedback(HardThreshold(), 2)]
+    simulator = Simulator(feedbacks, played(steps), torch.zeros(2), plain, threshold=3.0)
+    (first,) = simulator.run(1)
+    simulator.threshold = 2.0
+    (second,) = simulator.run(1)
+    assert [message.indices.tolist() for message in (*first.messages, *second.messages)] == [[0], [1]]
+
+
+def test_a_threshold_of_the_run_is_scaled_where_updates_are_sent() -> None:
+    """Algorithm 1: λ is in the unit of the gradient, and an update is the learning rate times as large."""
+    feedbacks = [ErrorFeedback(HardThreshold(), 2)]
+    sequence = torch.tensor([[[3.0, 1.0]]])
+    simulator = Simulator(feedbacks, played(sequence), torch.zeros(2), plain, placement="update", threshold=2.0)
+    (done,) = simulator.run(1)
+    assert [message.values.tolist() for message in done.messages] == [[1.5]]
+
+
 def test_the_history_counts_what_is_sent_and_what_is_kept() -> None:
     """Elements of all workers together, their share of all, and the mean square norm of the residuals."""
     sequence = torch.tensor([[[3.0, 1.0], [0.5, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])

@@ -35,6 +35,7 @@ class SimulatedRound:
         error: (1/n) Σ ‖residual of worker i‖² after the round. The total error of a run is the sum over its rounds.
         elements: coordinates sent, by all workers together.
         density: the same as a fraction of n · numel.
+        messages: what each worker has sent.
 
     References:
         arXiv:2108.00951, section 4, for the total error.
@@ -45,6 +46,7 @@ class SimulatedRound:
     error: float
     elements: int
     density: float
+    messages: tuple[SparseGradient, ...]
 
 
 @final
@@ -62,7 +64,8 @@ class Simulator:
     Where the feedback is :class:`~thresher.compression.EF21`, the server adds the mean to its memory, and that is what
     moves x.
 
-    It can go on: :meth:`run` continues where the last one ended, and :attr:`optimizers` may be changed in between.
+    It can go on: :meth:`run` continues where the last one ended, and :attr:`optimizers` and :attr:`threshold` may be
+    changed in between.
 
     Args:
         feedbacks: one for each worker, made alike.
@@ -72,6 +75,7 @@ class Simulator:
         placement: what is sent: gradients or finished updates.
         local_steps: steps of each worker in a round, if update-placed.
         outer: what the server runs if update-placed. None: it subtracts the mean.
+        threshold: the run's λ in the unit of the gradient, for a hard threshold that has none of its own.
 
     Raises:
         ConfigurationError: feedbacks differ, don't fit ``start`` or don't run in this placement, or a setting has no
@@ -99,6 +103,7 @@ class Simulator:
         placement: Placement = "gradient",
         local_steps: int = 1,
         outer: OptimizerOf | None = None,
+        threshold: float | None = None,
     ) -> None:
         _check_feedbacks(feedbacks, start, placement)
         if local_steps < 1:
@@ -112,6 +117,7 @@ class Simulator:
         self._placement = placement
         self._local_steps = local_steps
         self._plain = outer is None
+        self.threshold = threshold
         self._step = 0
         self._x = start.clone()
         self._points = tuple(start.clone() for _ in feedbacks)
@@ -176,7 +182,8 @@ class Simulator:
     def _sent_gradient(self, worker: int) -> SparseGradient:
         gradient = self._gradient(worker, self._points[worker], self._step)
         rate = float(self._server.param_groups[0].get("lr", 1.0))
-        return self._feedbacks[worker].compress(gradient, Round(self._step, worker=worker, rate=rate))
+        here = Round(self._step, threshold=self.threshold, worker=worker, rate=rate)
+        return self._feedbacks[worker].compress(gradient, here)
 
     def _sent_update(self, worker: int) -> SparseGradient:
         point, optimizer = self._points[worker], self.optimizers[worker]
@@ -184,7 +191,8 @@ class Simulator:
         for step in range(self._step * self._local_steps, (self._step + 1) * self._local_steps):
             point.grad = self._gradient(worker, point, step).clone()  # it may be the point itself
             optimizer.step()
-        here = Round(self._step, scale=_rate(optimizer), worker=worker, rate=_rate(optimizer))
+        rate = _rate(optimizer)
+        here = Round(self._step, threshold=self.threshold, scale=rate, worker=worker, rate=rate)
         return self._feedbacks[worker].compress(before.sub_(point), here)
 
     def _summary(self, messages: Sequence[SparseGradient]) -> SimulatedRound:
@@ -196,6 +204,7 @@ class Simulator:
             error=sum(squares) / len(squares),
             elements=elements,
             density=elements / max(1, len(messages) * self._x.numel()),
+            messages=tuple(messages),
         )
 
 
