@@ -14,7 +14,7 @@ QUIET_PIP := -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would spoil it
-.PHONY: help train fashion test test-slow test-wheel fuzz storm ray-storm compose-proof check protos protos-check namespace-check format clean
+.PHONY: help train fashion test test-slow test-wheel fuzz storm ray-storm compose-proof papers papers-full check protos protos-check namespace-check format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,12 @@ ray-storm: $(VENV)/.with-ray ## kill shards, workers, nodes and drivers on a sma
 
 compose-proof: $(VENV)/.created ## bring docker-compose.yml up, kill a shard and a worker, compare the counters, ask every panel; needs root
 	$(BIN)/python benchmarks/compose_proof.py
+
+papers: $(VENV)/.with-papers ## repeat the figures of the two papers, short; 20 minutes; DATA=folder names where the data are
+	$(BIN)/python -m benchmarks.papers --data $(DATA)
+
+papers-full: $(VENV)/.with-papers ## the same at the length that docs/papers.md shows; hours; goes on where it was interrupted
+	$(BIN)/python -m benchmarks.papers --full --data $(DATA)
 
 # Away from the repository nothing but the wheel can answer `import thresher`. What only repeats arithmetic or starts
 # many processes is left to `make test`: it would find the same code.
@@ -91,10 +97,16 @@ $(VENV)/.created $(VENV)-wheel/.created $(VENV)-protos/.created:
 
 $(VENV)/.with-examples: EXTRAS := examples
 $(VENV)/.with-ray: EXTRAS := examples,ray
+$(VENV)/.with-report: EXTRAS := examples,report
 $(VENV)/.with-test: EXTRAS := examples,test
 $(VENV)/.with-check: EXTRAS := examples,test,check
 $(VENV)/.with-%: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python $(QUIET_PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# Its ratings are read, its code never runs: what it depends on is not wanted.
+$(VENV)/.with-papers: $(VENV)/.with-report
+	$(BIN)/python $(QUIET_PIP) install --no-deps recbole==1.2.1
 	@touch $@
 
 $(VENV)-protos/.installed: $(VENV)-protos/.created protos/requirements.txt

@@ -233,7 +233,7 @@ def test_every_option_exists(page: Path) -> None:
 
 def script_options() -> set[str]:
     scripts = (
-        path.read_text(encoding="utf-8") for path in (*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py"))
+        path.read_text(encoding="utf-8") for path in (*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/**/*.py"))
     )
     return {option for text in scripts for option in re.findall(r'"(--[a-z-]+)"', text)}
 

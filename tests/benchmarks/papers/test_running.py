@@ -1,0 +1,137 @@
+"""What has been run is kept, goes on after an interruption, and is written down whole."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks.papers import __main__ as papers
+from benchmarks.papers import results
+from benchmarks.papers.drawing import panels
+from benchmarks.papers.recipe import Form, Oracle, Recipe, Row, oracle
+
+
+@dataclass(frozen=True)
+class Draw:
+    seed: int
+
+
+def drawn(rows: list[Row]) -> Figure:
+    figure, (axes,) = panels(1)
+    axes.plot([float(row["x"]) for row in rows])
+    return figure
+
+
+def known(rows: Sequence[Row]) -> list[Oracle]:
+    return [oracle("sum", sum(float(row["x"]) for row in rows), expected=1.0, tolerance=0.0)]
+
+
+class Counting:
+    """A recipe that counts how often it is run."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def cells(self, form: Form) -> list[Draw]:
+        return [Draw(seed) for seed in range(2 if form == "full" else 1)]
+
+    def run(self, cell: Draw) -> list[Row]:
+        self.runs.append(cell.seed)
+        return [{"seed": cell.seed, "x": cell.seed / 3}]
+
+    def recipe(self) -> Recipe:
+        return Recipe("counting", "Fig. 0", self.cells, self.run, drawn, known)
+
+
+@pytest.fixture
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    made = Counting()
+    monkeypatch.setattr(papers, "recipe_of", lambda name: {"counting": made.recipe()}[name])
+    monkeypatch.setattr(papers, "KEPT", tmp_path / "kept")
+    return made
+
+
+def test_a_finished_run_is_not_made_again(counting: Counting) -> None:
+    first = papers.made("counting", Draw(1), fresh=False)
+    assert papers.made("counting", Draw(1), fresh=False) == first
+    papers.made("counting", Draw(2), fresh=False)
+    assert counting.runs == [1, 2]
+
+
+def test_fresh_runs_are(counting: Counting) -> None:
+    papers.made("counting", Draw(1), fresh=False)
+    papers.made("counting", Draw(1), fresh=True)
+    assert counting.runs == [1, 1]
+
+
+def test_an_interrupted_run_is_made_again(counting: Counting) -> None:
+    """What it may have left is half a file, under another name."""
+    papers.made("counting", Draw(1), fresh=False)
+    (kept,) = (papers.KEPT / "counting").iterdir()
+    kept.with_suffix(".part").write_text("[[")
+    kept.unlink()
+    papers.made("counting", Draw(1), fresh=False)
+    assert counting.runs == [1, 1]
+
+
+def test_a_run_is_kept_for_the_sources_it_came_from(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    papers.made("counting", Draw(1), fresh=False)
+    monkeypatch.setattr(papers, "sources", lambda name: b"changed")
+    papers.made("counting", Draw(1), fresh=False)
+    assert counting.runs == [1, 1]
+
+
+def test_the_sources_are_those_that_make_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(papers, "FOLDER", tmp_path)
+    tmp_path.joinpath("a.py").write_text("from benchmarks.papers.b import x\nfrom benchmarks.papers.drawing import y\n")
+    tmp_path.joinpath("b.py").write_text("from benchmarks.papers.a import z\nB = 1\n")
+    tmp_path.joinpath("c.py").write_text("C = 1\n")
+    tmp_path.joinpath("drawing.py").write_text("D = 1\n")
+    assert [name in papers.sources("a") for name in (b"B = 1", b"C = 1", b"D = 1")] == [True, False, False]
+
+
+def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "IMAGES", tmp_path / "images")
+    cells = counting.cells("full")
+    rows = [row for cell in cells for row in counting.run(cell)]
+    results.write(counting.recipe(), "full", cells, rows, 1.25)
+    with (tmp_path / "results" / "counting.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"seed": "0", "x": "0.0"}, {"seed": "1", "x": "0.3333333333333333"}]
+    about: dict[str, Any] = json.loads((tmp_path / "results" / "counting.json").read_text())
+    assert (about["form"], about["seeds"], about["core_seconds"]) == ("full", [0, 1], 1.2)
+    assert about["versions"].keys() == {"python", "torch", "numpy"}
+    oracles = json.loads((tmp_path / "results" / "oracles.json").read_text())
+    assert oracles == about["oracles"]
+    assert [(one["name"], one["ok"]) for one in oracles] == [("sum", False)]
+    image = tmp_path / "images" / "papers-counting.png"
+    first = image.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    image.unlink()
+    results.draw(counting.recipe())
+    assert image.read_bytes() == first
+
+
+@pytest.mark.parametrize("name", papers.NAMES)
+def test_every_recipe_is_whole(name: str) -> None:
+    """Its name is its module's, its runs are told apart, and the short form is the smaller one."""
+    recipe = papers.recipe_of(name)
+    assert recipe.name == name
+    for form in ("short", "full"):
+        cells = [repr(cell) for cell in recipe.cells(form)]
+        assert cells
+        assert len(set(cells)) == len(cells)
+    assert len(recipe.cells("short")) <= len(recipe.cells("full"))
+
+
+def test_an_unknown_recipe_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["papers", "densty"])
+    with pytest.raises(SystemExit):
+        papers.main()
+    assert "no recipe is called densty" in capsys.readouterr().err
