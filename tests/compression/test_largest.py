@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.compression.largest import largest
+from thresher.compression.largest import _SHORT, _least_counted, _least_selected, largest
 from thresher.compression.one_pass import sampled
 
 LARGE = 1_300_001  # the sample is a part of it
@@ -32,6 +32,17 @@ def test_it_is_the_stable_sort(vector: torch.Tensor, data: st.DataObject) -> Non
     expect_largest(vector, k)
     strided = torch.stack([vector, vector], dim=1)[:, 0]
     assert torch.equal(largest(strided, k)[0], by_sorting(vector, k))
+
+
+@pytest.mark.parametrize("numel", [_SHORT - 1, _SHORT, _SHORT + 1])
+@pytest.mark.parametrize("levels", [2, 100, 1_000_000])
+def test_selecting_and_counting_agree(numel: int, levels: int) -> None:
+    """On both sides of the length from which on the vector is sampled."""
+    vector = torch.randint(-levels, levels, (numel,), generator=torch.Generator().manual_seed(numel)).float()
+    for k in (0, 1, 5, numel // 100, numel // 2, numel):
+        expect_largest(vector, k)
+        if k:
+            assert _least_selected(vector.numpy(), k) == _least_counted(vector.numpy(), k)
 
 
 @pytest.mark.parametrize("k", [1, 130, 13_000, 130_000, LARGE - 1, LARGE])
