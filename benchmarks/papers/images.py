@@ -11,6 +11,7 @@ from benchmarks.papers.recipe import Form
 from benchmarks.papers.task import WORKERS, Flat, Plan, Task
 
 BATCH: Final = 32  # images of one worker in a round
+EVALUATED: Final = 100  # images at a time, few enough to stay in a core's cache
 WIDTH: Final = 16
 
 
@@ -18,8 +19,8 @@ WIDTH: Final = 16
 class Images(Task):
     """Accuracy in % on the 10,000 images of the test set.
 
-    The first convolution has stride 2, so that a core does 3,000 images a second. Batch statistics are each worker's
-    own; the running ones, which the evaluation uses, go over the batches of all.
+    The first convolution has stride 2 and a pooling follows, so that a core does 3,000 images a second. Batch
+    statistics are each worker's own; the running ones, which the evaluation uses, go over the batches of all.
     """
 
     quality_name = "accuracy in %"
@@ -33,11 +34,11 @@ class Images(Task):
         self._order = torch.randperm(len(self._x), generator=self._generator)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network = Flat(_resnet().to(memory_format=torch.channels_last))
+            self.network = Flat(_resnet())
 
     def plan(self, form: Form) -> Plan:
         """Paper 1, Table 1, but for the length and the rate, which fits a batch of 256."""
-        return Plan(rounds=160 if form == "short" else 320, rate=0.2, momentum=0.9, weight_decay=1e-4)
+        return Plan(rounds=120 if form == "short" else 320, rate=0.2, momentum=0.9, weight_decay=1e-4)
 
     def gradient(self, worker: int, point: Tensor, step: int) -> Tensor:
         """Of the worker's next images; each image is seen once in a pass over all of them."""
@@ -49,17 +50,17 @@ class Images(Task):
     def quality(self, point: Tensor) -> float:
         """Accuracy in %."""
         network = self.network.at(point)
+        right = 0
         with torch.no_grad():
-            right = [
-                (network(x).argmax(1) == y).sum()
-                for x, y in zip(self._test_x.split(500), self._test_y.split(500), strict=True)
-            ]
-        return 100.0 * float(sum(right)) / len(self._test_y)
+            for begin in range(0, len(self._test_y), EVALUATED):
+                some = slice(begin, begin + EVALUATED)
+                right += int((network(self._test_x[some]).argmax(1) == self._test_y[some]).sum())
+        return 100.0 * right / len(self._test_y)
 
 
 def _normalised(images: Tensor) -> Tensor:
     """[number, 1, 28, 28] float32 with the mean and the deviation of the training pixels taken out."""
-    return images.unsqueeze(1).float().sub_(72.94).div_(90.02).contiguous(memory_format=torch.channels_last)
+    return images.unsqueeze(1).float().sub_(72.94).div_(90.02)
 
 
 class _Block(nn.Module):
@@ -91,8 +92,9 @@ def _resnet() -> nn.Module:
         nn.Conv2d(1, WIDTH, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(WIDTH),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         _Block(WIDTH, WIDTH, 1),
-        _Block(WIDTH, 2 * WIDTH, 2),
+        _Block(WIDTH, 2 * WIDTH, 1),
         _Block(2 * WIDTH, 4 * WIDTH, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -104,6 +104,10 @@ class Task(ABC):
     network: Flat
 
     @abstractmethod
+    def __init__(self, seed: int) -> None:
+        """Make the network and the order of the data."""
+
+    @abstractmethod
     def plan(self, form: Form) -> Plan:
         """How it is trained."""
 

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal, final
 
-import torch
 from torch import Tensor
 
 from benchmarks.papers.images import Images

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks.papers import __main__ as papers
-from benchmarks.papers import results
+from benchmarks.papers import __main__ as command
+from benchmarks.papers import results, running
 from benchmarks.papers.drawing import panels
 from benchmarks.papers.recipe import Form, Oracle, Recipe, Row, oracle
 
@@ -52,48 +52,48 @@ class Counting:
 @pytest.fixture
 def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
     made = Counting()
-    monkeypatch.setattr(papers, "recipe_of", lambda name: {"counting": made.recipe()}[name])
-    monkeypatch.setattr(papers, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(running, "recipe_of", lambda name: {"counting": made.recipe()}[name])
+    monkeypatch.setattr(running, "KEPT", tmp_path / "kept")
     return made
 
 
 def test_a_finished_run_is_not_made_again(counting: Counting) -> None:
-    first = papers.made("counting", Draw(1), fresh=False)
-    assert papers.made("counting", Draw(1), fresh=False) == first
-    papers.made("counting", Draw(2), fresh=False)
+    first = running.made("counting", Draw(1), fresh=False)
+    assert running.made("counting", Draw(1), fresh=False) == first
+    running.made("counting", Draw(2), fresh=False)
     assert counting.runs == [1, 2]
 
 
 def test_fresh_runs_are(counting: Counting) -> None:
-    papers.made("counting", Draw(1), fresh=False)
-    papers.made("counting", Draw(1), fresh=True)
+    running.made("counting", Draw(1), fresh=False)
+    running.made("counting", Draw(1), fresh=True)
     assert counting.runs == [1, 1]
 
 
 def test_an_interrupted_run_is_made_again(counting: Counting) -> None:
     """What it may have left is half a file, under another name."""
-    papers.made("counting", Draw(1), fresh=False)
-    (kept,) = (papers.KEPT / "counting").iterdir()
+    running.made("counting", Draw(1), fresh=False)
+    (kept,) = (running.KEPT / "counting").iterdir()
     kept.with_suffix(".part").write_text("[[")
     kept.unlink()
-    papers.made("counting", Draw(1), fresh=False)
+    running.made("counting", Draw(1), fresh=False)
     assert counting.runs == [1, 1]
 
 
 def test_a_run_is_kept_for_the_sources_it_came_from(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    papers.made("counting", Draw(1), fresh=False)
-    monkeypatch.setattr(papers, "sources", lambda name: b"changed")
-    papers.made("counting", Draw(1), fresh=False)
+    running.made("counting", Draw(1), fresh=False)
+    monkeypatch.setattr(running, "sources", lambda name: b"changed")
+    running.made("counting", Draw(1), fresh=False)
     assert counting.runs == [1, 1]
 
 
 def test_the_sources_are_those_that_make_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(papers, "FOLDER", tmp_path)
+    monkeypatch.setattr(running, "FOLDER", tmp_path)
     tmp_path.joinpath("a.py").write_text("from benchmarks.papers.b import x\nfrom benchmarks.papers.drawing import y\n")
     tmp_path.joinpath("b.py").write_text("from benchmarks.papers.a import z\nB = 1\n")
     tmp_path.joinpath("c.py").write_text("C = 1\n")
     tmp_path.joinpath("drawing.py").write_text("D = 1\n")
-    assert [name in papers.sources("a") for name in (b"B = 1", b"C = 1", b"D = 1")] == [True, False, False]
+    assert [name in running.sources("a") for name in (b"B = 1", b"C = 1", b"D = 1")] == [True, False, False]
 
 
 def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +118,10 @@ def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: 
     assert image.read_bytes() == first
 
 
-@pytest.mark.parametrize("name", papers.NAMES)
+@pytest.mark.parametrize("name", command.NAMES)
 def test_every_recipe_is_whole(name: str) -> None:
     """Its name is its module's, its runs are told apart, and the short form is the smaller one."""
-    recipe = papers.recipe_of(name)
+    recipe = running.recipe_of(name)
     assert recipe.name == name
     for form in ("short", "full"):
         cells = [repr(cell) for cell in recipe.cells(form)]
@@ -133,5 +133,5 @@ def test_every_recipe_is_whole(name: str) -> None:
 def test_an_unknown_recipe_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["papers", "densty"])
     with pytest.raises(SystemExit):
-        papers.main()
+        command.main()
     assert "no recipe is called densty" in capsys.readouterr().err
