@@ -3,10 +3,10 @@
     python -m benchmarks.papers [NAME …] [--full] [--fresh] [--jobs 2] [--data FOLDER]
     python -m benchmarks.papers [NAME …] --draw
 
-Without names, all of them. Each writes results/NAME.csv, results/NAME.json and docs/images/papers-NAME.png, and brings
-results/oracles.json up to date. A finished run is kept in runs/papers/ and not made again until a module that its
-recipe imports from here changes: what was interrupted goes on where it was. --fresh makes all of them again; --draw
-only draws the figures again, from the tables as they are.
+Without names, all of them. Each writes results/NAME.csv, results/NAME.json, docs/images/papers-NAME.png and its table
+in docs/papers.md, and brings results/oracles.json up to date. A finished run is kept in runs/papers/ and not made again
+until the module that makes it, or one that this imports from here, changes: what was interrupted goes on where it was.
+--fresh makes all of them again; --draw makes figures and tables again, from the rows as they are.
 """
 
 import argparse
@@ -23,6 +23,7 @@ NAMES: Final = (
     "stability",
     "theory",
     "through_shards",
+    "rates",
     "thresholds",
     "density",
     "growth",

@@ -38,7 +38,7 @@ class Images(Task):
 
     def plan(self, form: Form) -> Plan:
         """Paper 1, Table 1, but for the length and the rate, which fits a batch of 256."""
-        return Plan(rounds=120 if form == "short" else 320, rate=0.2, momentum=0.9, weight_decay=1e-4)
+        return Plan(rounds=120 if form == "short" else 240, rate=0.2, momentum=0.9, weight_decay=1e-4)
 
     def gradient(self, worker: int, point: Tensor, step: int) -> Tensor:
         """Of the worker's next images; each image is seen once in a pass over all of them."""

@@ -45,7 +45,7 @@ class Language(Task):
 
     def plan(self, form: Form) -> Plan:
         """Paper 1, Table 2, but for the length and the rate, which fits this network and batch."""
-        return Plan(rounds=120 if form == "short" else 360, rate=20.0)
+        return Plan(rounds=120 if form == "short" else 240, rate=20.0)
 
     def gradient(self, worker: int, point: Tensor, step: int) -> Tensor:
         """Of the worker's next window at each of its places, clipped as paper 1 does: before it is compressed."""

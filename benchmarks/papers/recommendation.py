@@ -38,7 +38,7 @@ class Recommendation(Task):
 
     def plan(self, form: Form) -> Plan:
         """Paper 1, Table 3, but for the length, the batch and the rate that fits it."""
-        return Plan(rounds=150 if form == "short" else 400, rate=3e-2, adam=(0.25, 0.5), drops=())
+        return Plan(rounds=150 if form == "short" else 300, rate=3e-2, adam=(0.25, 0.5), drops=())
 
     def gradient(self, worker: int, point: Tensor, step: int) -> Tensor:
         """Of the worker's next ratings, and of negatives drawn for this worker and round."""

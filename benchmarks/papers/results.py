@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.papers import tables
 from benchmarks.papers.recipe import Form, Recipe, Row
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -34,12 +35,33 @@ def write(recipe: Recipe, form: Form, cells: Sequence[Any], rows: list[Row], sec
     RESULTS.joinpath(f"{recipe.name}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     _save(recipe, rows)
     _gather_oracles()
+    print_page(recipe.name)
+
+
+def rows_of(name: str) -> list[Row]:
+    """The table of the recipe ``name`` as it was written."""
+    with RESULTS.joinpath(f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return [
+            {column: _read(text) for column, text in row.items() if text}  # a row may lack columns of others
+            for row in csv.DictReader(file)
+        ]
 
 
 def draw(recipe: Recipe) -> None:
-    """Draw the figure of ``recipe`` again, from its table."""
-    with RESULTS.joinpath(f"{recipe.name}.csv").open(newline="", encoding="utf-8") as file:
-        _save(recipe, [{column: _read(text) for column, text in row.items()} for row in csv.DictReader(file)])
+    """Draw the figure of ``recipe`` again, and print its table again, from its rows."""
+    _save(recipe, rows_of(recipe.name))
+    print_page(recipe.name)
+
+
+def print_page(name: str) -> None:
+    """Print the table of the recipe ``name``, and that of the oracles, into docs/papers.md."""
+    about = json.loads(RESULTS.joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    oracles = json.loads(RESULTS.joinpath("oracles.json").read_text(encoding="utf-8"))
+    below = tables.caption(about["form"], about["core_seconds"], name)
+    table = tables.markdown(tables.TABLES[name](rows_of(name)))
+    page = tables.put(tables.PAGE.read_text(encoding="utf-8"), name, f"{table}\n\n{below}")
+    page = tables.put(page, "oracles", tables.markdown(tables.of_oracles(oracles)))
+    tables.PAGE.write_text(page, encoding="utf-8")
 
 
 def _save(recipe: Recipe, rows: list[Row]) -> None:

@@ -50,15 +50,19 @@ def sources(name: str) -> bytes:
 
 
 def made(name: str, cell: Any, *, fresh: bool) -> tuple[list[Row], float]:  # noqa: ANN401 - a recipe's own
-    """The rows of one run and the seconds it took, kept from an earlier time unless ``fresh``."""
-    key = sha256(repr(cell).encode() + sources(name)).hexdigest()[:16]
-    kept = KEPT / name / f"{key}.json"
+    """The rows of one run and the core seconds it took, kept from an earlier time unless ``fresh``.
+
+    They belong to the function that makes them: recipes that run equal cells by the same one share them.
+    """
+    run = recipe_of(name).run
+    maker = run.__module__.rpartition(".")[2]
+    kept = KEPT / maker / f"{sha256(repr(cell).encode() + sources(maker)).hexdigest()[:16]}.json"
     if kept.exists() and not fresh:
         rows, seconds = json.loads(kept.read_text(encoding="utf-8"))
         return rows, seconds
-    begin = time.perf_counter()
-    rows = recipe_of(name).run(cell)
-    seconds = time.perf_counter() - begin
+    begin = time.process_time()
+    rows = run(cell)
+    seconds = time.process_time() - begin
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(".part")
     whole.write_text(json.dumps([rows, seconds]), encoding="utf-8")

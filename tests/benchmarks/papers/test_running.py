@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.papers import __main__ as command
-from benchmarks.papers import results, running
+from benchmarks.papers import results, running, tables
 from benchmarks.papers.drawing import panels
 from benchmarks.papers.recipe import Form, Oracle, Recipe, Row, oracle
 
@@ -73,7 +73,7 @@ def test_fresh_runs_are(counting: Counting) -> None:
 def test_an_interrupted_run_is_made_again(counting: Counting) -> None:
     """What it may have left is half a file, under another name."""
     running.made("counting", Draw(1), fresh=False)
-    (kept,) = (running.KEPT / "counting").iterdir()
+    (kept,) = running.KEPT.glob("*/*.json")
     kept.with_suffix(".part").write_text("[[")
     kept.unlink()
     running.made("counting", Draw(1), fresh=False)
@@ -99,6 +99,10 @@ def test_the_sources_are_those_that_make_the_rows(tmp_path: Path, monkeypatch: p
 def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(results, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "papers.md")
+    monkeypatch.setitem(tables.TABLES, "counting", lambda rows: [["x"], *([str(row["x"])] for row in rows)])
+    places = "".join(f"<!-- {name} -->\n\n<!-- end of {name} -->\n" for name in ("counting", "oracles"))
+    tables.PAGE.write_text(places)
     cells = counting.cells("full")
     rows = [row for cell in cells for row in counting.run(cell)]
     results.write(counting.recipe(), "full", cells, rows, 1.25)
@@ -110,6 +114,9 @@ def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: 
     oracles = json.loads((tmp_path / "results" / "oracles.json").read_text())
     assert oracles == about["oracles"]
     assert [(one["name"], one["ok"]) for one in oracles] == [("sum", False)]
+    page = tables.PAGE.read_text()
+    assert "| 0.0 |\n| 0.3333333333333333 |\n\n*Full form, 1 core seconds" in page
+    assert "| `sum` | 1 | 0 | 0.3333333333 | **no** |" in page
     image = tmp_path / "images" / "papers-counting.png"
     first = image.read_bytes()
     assert first.startswith(b"\x89PNG")
