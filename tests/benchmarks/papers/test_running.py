@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,34 +60,85 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
     return made
 
 
+def made(seed: int, *, fresh: bool = False) -> tuple[list[Row], float]:
+    return running.made("counting", Draw(seed), running.place_of("counting", Draw(seed)), fresh=fresh)
+
+
 def test_a_finished_run_is_not_made_again(counting: Counting) -> None:
-    first = running.made("counting", Draw(1), fresh=False)
-    assert running.made("counting", Draw(1), fresh=False) == first
-    running.made("counting", Draw(2), fresh=False)
+    first = made(1)
+    assert made(1) == first
+    made(2)
     assert counting.runs == [1, 2]
 
 
 def test_fresh_runs_are(counting: Counting) -> None:
-    running.made("counting", Draw(1), fresh=False)
-    running.made("counting", Draw(1), fresh=True)
+    made(1)
+    made(1, fresh=True)
     assert counting.runs == [1, 1]
 
 
 def test_an_interrupted_run_is_made_again(counting: Counting) -> None:
     """What it may have left is half a file, under another name."""
-    running.made("counting", Draw(1), fresh=False)
+    made(1)
     (kept,) = running.KEPT.glob("*/*.json")
     kept.with_suffix(".part").write_text("[[")
     kept.unlink()
-    running.made("counting", Draw(1), fresh=False)
+    made(1)
     assert counting.runs == [1, 1]
 
 
 def test_a_run_is_kept_for_the_sources_it_came_from(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    running.made("counting", Draw(1), fresh=False)
+    made(1)
     monkeypatch.setattr(running, "sources", lambda name: b"changed")
-    running.made("counting", Draw(1), fresh=False)
+    made(1)
     assert counting.runs == [1, 1]
+
+
+def test_nothing_is_made_by_another_source_than_was_said(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = running.place_of("counting", Draw(1))
+    monkeypatch.setattr(running, "sources", lambda name: b"changed")
+    with pytest.raises(RuntimeError, match="the source of counting has changed"):
+        running.made("counting", Draw(1), kept, fresh=False)
+    assert counting.runs == []
+
+
+PARENT = """
+import multiprocessing, time
+from pathlib import Path
+from benchmarks.papers import running
+
+def child(folder):
+    running.prepare(folder)
+    print(multiprocessing.current_process().pid, flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=child, args=(Path("."),)).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(running.FOLDER.parents[1])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while lives(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not lives(child)
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_the_sources_are_those_that_make_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +147,8 @@ def test_the_sources_are_those_that_make_the_rows(tmp_path: Path, monkeypatch: p
     tmp_path.joinpath("b.py").write_text("from benchmarks.papers.a import z\nB = 1\n")
     tmp_path.joinpath("c.py").write_text("C = 1\n")
     tmp_path.joinpath("drawing.py").write_text("D = 1\n")
-    assert [name in running.sources("a") for name in (b"B = 1", b"C = 1", b"D = 1")] == [True, False, False]
+    sources = running.sources.__wrapped__  # what it has remembered is of other folders
+    assert [name in sources("a") for name in (b"B = 1", b"C = 1", b"D = 1")] == [True, False, False]
 
 
 def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
