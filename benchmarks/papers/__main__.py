@@ -33,6 +33,7 @@ NAMES: Final = (
     "accordion",
     "detached",
     "adaptive",
+    "scales",
     "beyond",
 )
 

@@ -62,6 +62,14 @@ def rates(rows: Sequence[Row]) -> Table:
     ]
 
 
+def scales(rows: Sequence[Row]) -> Table:
+    """Every try of every method."""
+    return [["task", "budget", "method", "scale", "bytes of Top-k's"]] + [
+        [str(row["task"]), percent(float(row["target"])), str(row["method"]), f"{row['scale']:g}", f"{row['used']:.3f}"]
+        for row in rows
+    ]
+
+
 def thresholds(rows: Sequence[Row]) -> Table:
     """The ladder of each task, and what the paper's rule would have been for the density that came out."""
     return [["task", "λ", "density", "quality", "1/(2√k) for that density"]] + [
@@ -196,6 +204,7 @@ TABLES: Final[Mapping[str, Callable[[Sequence[Row]], Table]]] = {
     "accordion": compared,
     "detached": detached,
     "adaptive": adaptive,
+    "scales": scales,
     "beyond": beyond,
 }
 """What is printed of each recipe."""
