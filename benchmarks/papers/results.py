@@ -57,9 +57,7 @@ def print_page(name: str) -> None:
     """Print the table of the recipe ``name``, and that of the oracles, into docs/papers.md."""
     about = json.loads(RESULTS.joinpath(f"{name}.json").read_text(encoding="utf-8"))
     oracles = json.loads(RESULTS.joinpath("oracles.json").read_text(encoding="utf-8"))
-    below = tables.caption(about["form"], about["core_seconds"], name)
-    table = tables.markdown(tables.TABLES[name](rows_of(name)))
-    page = tables.put(tables.PAGE.read_text(encoding="utf-8"), name, f"{table}\n\n{below}")
+    page = tables.put(tables.PAGE.read_text(encoding="utf-8"), name, tables.block(name, about, rows_of(name)))
     page = tables.put(page, "oracles", tables.markdown(tables.of_oracles(oracles)))
     tables.PAGE.write_text(page, encoding="utf-8")
 

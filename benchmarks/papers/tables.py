@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -214,7 +214,7 @@ def of_oracles(oracles: Sequence[Oracle]) -> Table:
     """All numbers that were known beforehand."""
     return [["oracle", "expected", "tolerance", "measured", "ok"]] + [
         [
-            f"`{one['name']}`",
+            one["name"],
             *(f"{one[name]:.10g}" for name in ("expected", "tolerance", "measured")),
             "yes" if one["ok"] else "**no**",
         ]
@@ -241,6 +241,7 @@ def put(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
 
 
-def caption(form: str, core_seconds: float, name: str) -> str:
-    """What stands below a table."""
-    return f"*{form.capitalize()} form, {core_seconds:,.0f} core seconds: `results/{name}.csv`.*"
+def block(name: str, about: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """All that the page has of the recipe ``name``: table, how it came about, figure; ``about`` is its JSON."""
+    below = f"*{about['form'].capitalize()} form, {about['core_seconds']:,.0f} core seconds: `results/{name}.csv`.*"
+    return f"{markdown(TABLES[name](rows))}\n\n{below}\n\n![{about['shows']}](images/papers-{name}.png)"

@@ -171,7 +171,7 @@ def test_the_files_of_a_recipe(counting: Counting, tmp_path: Path, monkeypatch: 
     assert [(one["name"], one["ok"]) for one in oracles] == [("sum", False)]
     page = tables.PAGE.read_text()
     assert "| 0.0 |\n| 0.3333333333333333 |\n\n*Full form, 1 core seconds" in page
-    assert "| `sum` | 1 | 0 | 0.3333333333 | **no** |" in page
+    assert "| sum | 1 | 0 | 0.3333333333 | **no** |" in page
     image = tmp_path / "images" / "papers-counting.png"
     first = image.read_bytes()
     assert first.startswith(b"\x89PNG")
